@@ -1,0 +1,348 @@
+"""What the engine needs of the world, as Protocols. Adapters fulfil them; fakes obey their rules.
+
+    Vmm        one QEMU process of one VM on this host        migrd.qemu
+    Launcher   starts, finds and ends QEMU processes          migrd.qemu
+    Peer       the other host's migrd                         migrd.peer
+    Journal    durable intent                                 migrd.journal
+    Clock      time, so that tests can own it                 here: SystemClock
+
+Rules every implementation keeps:
+- each call has a deadline of its own and raises the errors its docstring names, no others;
+- VmmTimedOut / PeerTimedOut say "not known whether it took effect", never "it did not";
+- VmmDied is raised only on proof (the process was seen to exit).
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from migrd.core.facts import (
+    TransferAddress,
+    TransferSample,
+    TransferSettings,
+    VmFacts,
+    VmSpec,
+)
+from migrd.core.handover import DestinationEvent, DestinationPhase
+from migrd.core.migration import MigrationEvent, Request
+
+
+@dataclass(frozen=True)
+class TlsIdentity:
+    """Where QEMU finds its credentials for the migration stream.
+
+    `directory` holds ca-cert.pem, server-cert.pem, server-key.pem, client-cert.pem and
+    client-key.pem, the names QEMU's tls-creds-x509 object wants.
+    """
+
+    directory: str
+
+
+class TransferFeed(Protocol):
+    """Samples of one QEMU's migration; statuses arrive with the event, numbers every ~100 ms."""
+
+    @property
+    def latest(self) -> TransferSample | None:
+        """The newest sample, at once."""
+
+    async def newer(self, *, within_s: float) -> TransferSample | None:
+        """The next sample not yet returned by this feed; None when none came within `within_s`
+        (which says nothing about the migration).
+
+        Raises VmmDied once the process is proven dead.
+        """
+
+
+class Vmm(Protocol):
+    """One QEMU process of one VM on this host. All calls: VmmRefused, VmmTimedOut,
+    VmmUnreachable, VmmDied."""
+
+    @property
+    def vm(self) -> str: ...
+
+    @property
+    def instance(self) -> str:
+        """Names this process among all processes the VM ever had here (directory name)."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+    @property
+    def is_dead(self) -> bool:
+        """True only when the process is proven dead."""
+
+    @property
+    def is_reachable(self) -> bool:
+        """The in-band monitor is connected at this moment."""
+
+    async def facts(self) -> VmFacts: ...
+
+    async def sample(self) -> TransferSample:
+        """query-migrate and query-status, asked now."""
+
+    def feed(self) -> AbstractAsyncContextManager[TransferFeed]: ...
+
+    async def prepare_outgoing(self, settings: TransferSettings, tls: TlsIdentity | None) -> None:
+        """Set capabilities and parameters for a migration away. Idempotent."""
+
+    async def start_outgoing(self, address: TransferAddress) -> None:
+        """QMP `migrate`. Accepted even when nobody listens: the outcome shows in the feed."""
+
+    async def clean_outgoing(self) -> None:
+        """Take back what prepare_outgoing added, after a migration that did not happen."""
+
+    async def prepare_incoming(
+        self, settings: TransferSettings, tls: TlsIdentity | None, listen_host: str
+    ) -> TransferAddress:
+        """Listen for the guest on `listen_host`; returns the address with the port chosen."""
+
+    async def set_limits(
+        self,
+        *,
+        max_bandwidth_bytes_per_s: int | None = None,
+        downtime_limit_s: float | None = None,
+        switchover_bandwidth_bytes_per_s: int | None = None,
+    ) -> None:
+        """Change limits of a running migration. `switchover_bandwidth` is left out silently
+        where QEMU lacks it (Feature.AVAIL_SWITCHOVER_BANDWIDTH)."""
+
+    async def set_throttle(self, percent: int) -> None:
+        """Let auto-converge slow the vCPUs to `percent` and no further."""
+
+    async def start_postcopy(self) -> None: ...
+
+    async def continue_switchover(self) -> None:
+        """QMP `migrate-continue` at pre-switchover."""
+
+    async def cancel_transfer(self) -> None:
+        """QMP `migrate_cancel`. May hang behind a stalled link: then free_stalled()."""
+
+    async def free_stalled(self) -> None:
+        """Out-of-band `yank` of the migration connection: answers even when everything else is
+        blocked. The source then fails and resumes by itself."""
+
+    async def pause_postcopy(self) -> None:
+        """Out-of-band `migrate-pause`."""
+
+    async def listen_for_recovery(self, listen_host: str) -> TransferAddress:
+        """Out-of-band `migrate-recover` on a paused postcopy destination."""
+
+    async def resume_postcopy(self, address: TransferAddress) -> None:
+        """`migrate` with resume on a paused postcopy source."""
+
+    async def run_guest(self) -> None:
+        """QMP `cont`. Only the engine's ownership rules may lead here."""
+
+    async def pause_guest(self) -> None: ...
+
+    async def quit(self) -> None:
+        """End the process: QMP `quit`, then SIGKILL by pidfd; returns when it is proven dead.
+        Raises VmmTimedOut when it could not be seen to exit."""
+
+
+class Launcher(Protocol):
+    """Starts, finds and ends QEMU processes on this host."""
+
+    def check(self, spec: VmSpec) -> str:
+        """Digest of what a guest can see of this profile with these parameters (machine, memory,
+        devices). Raises Invalid naming each parameter that is wrong, NotFound for the profile."""
+
+    async def launch(self, spec: VmSpec, instance: str, *, incoming: bool) -> Vmm:
+        """Start a QEMU, detached so that it outlives this daemon; `incoming` waits for a guest
+        (`-S -incoming defer`). Raises VmmDied with QEMU's own words when it does not start."""
+
+    async def find(self) -> Sequence[Vmm]:
+        """Every QEMU of ours that is alive (after a restart), and every adopted one."""
+
+    async def forget(self, vmm: Vmm) -> None:
+        """Close the connections and remove the files of a process that is proven dead."""
+
+    def last_words(self, vmm: Vmm) -> str:
+        """The end of the process's stderr, bounded; "" when there is none."""
+
+
+@dataclass(frozen=True)
+class DestinationView:
+    """What the destination's migrd says of its side of a migration."""
+
+    migration_id: str
+    epoch: int
+    phase: DestinationPhase
+    generation: int
+    address: TransferAddress | None = None
+    reason: str | None = None
+    """Why it refused, or what is wrong."""
+    vmm_died: bool = False
+    """Its QEMU is proven dead (and when it was `starting`, nobody can know whether it ran)."""
+    transfer_completed: bool = False
+    """Its QEMU has all memory (in postcopy: later than `running`)."""
+    guest_running: bool = False
+
+
+@dataclass(frozen=True)
+class SourceView:
+    """What the source's migrd says of its side, for a destination that wonders."""
+
+    migration_id: str
+    epoch: int
+    phase: str
+
+
+@dataclass(frozen=True)
+class HostProfile:
+    """What preflight needs to know of the destination."""
+
+    host: str
+    migrd_version: str
+    protocol: int
+    qemu_version: str | None
+    features: frozenset[str]
+    launch_digest: str | None
+    incoming_slots_free: int
+    memory_available_bytes: int | None
+    vm_present: bool
+    last_epoch: int
+    tls: bool
+    refusals: tuple[tuple[str, str], ...] = ()
+    """Further reasons of its own not to take this VM, (code, message)."""
+
+
+class Peer(Protocol):
+    """The other host's migrd. All calls: PeerRefused, PeerTimedOut, PeerUnreachable."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def preflight(self, vm: VmSpec) -> HostProfile: ...
+
+    async def prepare(
+        self, migration_id: str, epoch: int, vm: VmSpec, settings: TransferSettings
+    ) -> DestinationView:
+        """Launch the waiting QEMU. Idempotent by migration id."""
+
+    async def view(
+        self, migration_id: str, *, newer_than: int = -1, wait_s: float = 0.0
+    ) -> DestinationView:
+        """Its side now; with `wait_s`, as soon as its generation exceeds `newer_than`."""
+
+    async def grant(self, migration_id: str, epoch: int, *, run_guest: bool) -> DestinationView:
+        """GRANT (idempotent): the destination may run the guest."""
+
+    async def discard(self, migration_id: str, epoch: int, reason: str) -> DestinationView:
+        """This migration will never be granted: refuse and clean up."""
+
+    async def listen_for_recovery(self, migration_id: str) -> TransferAddress:
+        """Postcopy is broken: pause, and listen for the source's new connection."""
+
+    async def source_view(self, migration_id: str) -> SourceView:
+        """(asked by a destination) the source's side now."""
+
+
+@dataclass(frozen=True)
+class JournalRecord:
+    """One event of one migration, as it is on disk."""
+
+    migration_id: str
+    seq: int
+    event: MigrationEvent | DestinationEvent
+
+
+@dataclass(frozen=True)
+class StoredRequest:
+    """A migration as asked for; written in one transaction with its idempotency key."""
+
+    id: str
+    request: Request
+    spec: VmSpec
+    epoch: int
+    created_wall_s: float
+    idempotency_key: str | None = None
+    body_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredIncoming:
+    """The destination's side of a migration, as first asked for by the source."""
+
+    id: str
+    source: str
+    spec: VmSpec
+    epoch: int
+    instance: str
+    settings: TransferSettings
+    created_wall_s: float
+
+
+@dataclass(frozen=True)
+class StoredVm:
+    """A VM this host knows: its spec, the epoch of its ownership, and whether it is here."""
+
+    spec: VmSpec
+    epoch: int
+    here: bool
+    instance: str | None
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Everything the journal holds, for recovery."""
+
+    vms: Sequence[StoredVm]
+    outgoing: Sequence[tuple[StoredRequest, Sequence[MigrationEvent]]]
+    incoming: Sequence[tuple[StoredIncoming, Sequence[DestinationEvent]]]
+
+
+class Journal(Protocol):
+    """Durable intent. Every call returns only after fsync, or raises JournalError with nothing
+    written (all or nothing per call)."""
+
+    async def create_outgoing(self, stored: StoredRequest) -> None:
+        """The request is durable from here. Raises Conflict when the id or key exists."""
+
+    async def create_incoming(self, stored: StoredIncoming) -> None: ...
+
+    async def append_outgoing(
+        self, migration_id: str, events: Sequence[MigrationEvent], vm: StoredVm | None = None
+    ) -> None:
+        """Append events (and, in the same transaction, what becomes of the VM)."""
+
+    async def append_incoming(
+        self, migration_id: str, events: Sequence[DestinationEvent], vm: StoredVm | None = None
+    ) -> None: ...
+
+    async def put_vm(self, vm: StoredVm) -> None: ...
+
+    async def delete_vm(self, name: str) -> None: ...
+
+    async def find_key(self, key: str) -> tuple[str, str] | None:
+        """(migration id, body digest) stored under an idempotency key."""
+
+    async def add_observations(
+        self, migration_id: str, kind: str, rows: Sequence[Mapping[str, object]]
+    ) -> None:
+        """Rounds and decisions (`kind` "round" or "decision"): kept, not part of anyone's fate."""
+
+    async def observations(
+        self, migration_id: str, kind: str
+    ) -> Sequence[Mapping[str, object]]: ...
+
+    async def replay(self) -> Replay:
+        """Raises JournalError naming the first record that is not understood."""
+
+
+class Clock(Protocol):
+    def monotonic_s(self) -> float: ...
+
+    def wall_s(self) -> float: ...
+
+
+class SystemClock:
+    """The real time."""
+
+    def monotonic_s(self) -> float:
+        return time.monotonic()
+
+    def wall_s(self) -> float:
+        return time.time()

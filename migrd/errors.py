@@ -1,0 +1,155 @@
+"""Every error that migrd raises on purpose, as one tree.
+
+    MigrdError                    something asked of migrd did not happen; `code` says what, for programs
+    ├── ConfigError               the configuration cannot be used; names the key, the value and the cure
+    ├── RequestError              the client can mend it
+    │   ├── Invalid               the request itself is wrong; carries every violation at once
+    │   ├── NotFound              no such VM, migration, peer or profile
+    │   ├── Conflict              right in itself, not possible in the present state
+    │   ├── NotAuthorized         known to nobody, or not allowed
+    │   └── TooLarge              more bytes or deeper nesting than the limit
+    ├── Unavailable               not now; the same request may work later
+    ├── VmmError                  about a QEMU process
+    │   ├── VmmRefused            QEMU answered with an error: the command had no effect
+    │   ├── VmmTimedOut           no answer in time: NOT known whether the command took effect
+    │   ├── VmmUnreachable        no connection: nothing is known about the process
+    │   └── VmmDied               the process is proven dead (it was seen to exit)
+    ├── PeerError                 about another host's migrd
+    │   ├── PeerRefused           it answered with a problem
+    │   ├── PeerTimedOut          no answer: NOT known whether the message took effect
+    │   └── PeerUnreachable       no connection was made: the message was not delivered
+    └── JournalError              the journal cannot be written or read; no step may be taken on it
+
+What the caller can do is in the class; what happened is in `code` (stable, snake_case) and the
+message (for people: names the thing, the value and the cure). Knows no HTTP: `api.problems` maps
+classes to status codes, exhaustively.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One thing that is wrong with a request."""
+
+    field: str
+    """Path of the field in the request (`policy.max_throttle_percent`), or "" for the whole."""
+    code: str
+    message: str
+    """For people: the value found, and what would be right."""
+
+
+class MigrdError(Exception):
+    """Base of all errors that migrd raises on purpose."""
+
+    code = "error"
+    retryable = False
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if code is not None:
+            self.code = code
+
+
+class ConfigError(MigrdError):
+    code = "bad_configuration"
+
+
+class RequestError(MigrdError):
+    code = "bad_request"
+
+
+class Invalid(RequestError):
+    """The request is wrong in itself; all violations at once."""
+
+    code = "invalid"
+
+    def __init__(
+        self, message: str, violations: Sequence[Violation] = (), *, code: str | None = None
+    ) -> None:
+        super().__init__(message, code=code)
+        self.violations = tuple(violations)
+
+
+class NotFound(RequestError):
+    code = "not_found"
+
+
+class Conflict(RequestError):
+    code = "conflict"
+
+
+class NotAuthorized(RequestError):
+    code = "not_authorized"
+
+
+class TooLarge(RequestError):
+    code = "too_large"
+
+
+class Unavailable(MigrdError):
+    code = "unavailable"
+    retryable = True
+
+
+class VmmError(MigrdError):
+    code = "vmm_error"
+
+
+class VmmRefused(VmmError):
+    """QEMU answered with an error; the command had no effect."""
+
+    code = "vmm_refused"
+
+
+class VmmTimedOut(VmmError):
+    """No answer in time. It is not known whether the command took effect: ask."""
+
+    code = "vmm_timed_out"
+    retryable = True
+
+
+class VmmUnreachable(VmmError):
+    """No connection. Nothing is known about the process."""
+
+    code = "vmm_unreachable"
+    retryable = True
+
+
+class VmmDied(VmmError):
+    """The process is proven dead: its exit was observed, or its pid is gone or reused."""
+
+    code = "vmm_died"
+
+
+class PeerError(MigrdError):
+    code = "peer_error"
+
+
+class PeerRefused(PeerError):
+    """The other migrd answered with a problem; `code` is the problem's code."""
+
+    code = "peer_refused"
+
+
+class PeerTimedOut(PeerError):
+    """The message may or may not have arrived and taken effect: ask again."""
+
+    code = "peer_timed_out"
+    retryable = True
+
+
+class PeerUnreachable(PeerError):
+    """No connection could be made: the message was certainly not delivered."""
+
+    code = "peer_unreachable"
+    retryable = True
+
+
+class JournalError(MigrdError):
+    """The journal could not be written. The intent is not durable: do not act on it."""
+
+    code = "journal_failed"
+    retryable = True

@@ -1,0 +1,443 @@
+"""One connection to one QMP monitor of a QEMU, as cheap per call as a bare protocol.
+
+    caller ── execute ──> [ window ] ──> socket ──> QEMU        replies come back by id,
+    caller <── future ── calls[id] <── data_received <──┘        events go to `on_event`
+
+Rules of the server (QEMU docs/interop/qmp-spec; seen on 7.2 and 10.0):
+- One client per monitor. A second one connects, but is greeted only once the first has left.
+- Capabilities are negotiated anew on each connection. Events are never replayed.
+- In-band commands run one after the other on QEMU's main loop: one that blocks (a device that
+  saves its state, a socket that takes no byte) blocks them on *every* monitor of that QEMU.
+- `exec-oob` runs beside them, for the few commands that allow it (`yank`, `migrate-pause`,
+  `migrate-recover`). But a monitor with eight in-band commands waiting stops reading altogether,
+  and would not see the ninth line even if it were out of band. Hence the window: at most seven
+  in-band commands are under way, later ones wait here, where a time-out still means "never sent".
+
+Traps:
+- A reply may come after its call has timed out or was cancelled. It is dropped and counted.
+- A broken connection answers every call under way with AnswerLost: unknown, not failed.
+- A line that is not JSON, or too long, closes the connection. The longest honest line is the
+  answer to query-qmp-schema: 0.2 MB on 7.2 and 10.0; the cap leaves forty times that.
+- A file descriptor rides on the first byte of its `getfd`. It is sent with sendmsg beside the
+  transport, which is safe only while the transport has nothing buffered: others are held back.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from migrd.qemu.sockets import open_socket, send_with_fd
+from migrd.qemu.wire import (
+    AnswerLost,
+    Arguments,
+    CommandRefused,
+    MonitorBusy,
+    NotSent,
+    QmpEvent,
+    ReplyLate,
+    WireBroken,
+)
+
+LINE_LIMIT_BYTES = 8 * 1024 * 1024
+IN_BAND_WINDOW = 7
+WAITING_LIMIT = 64
+DEFAULT_DEADLINE_S = 2.0
+
+log = logging.getLogger(__name__)
+
+CallObserver = Callable[[str, str, float], None]
+"""command, outcome ("ok", "refused", "late", "lost", "not_sent"), seconds."""
+
+
+class _Call:
+    """One command from `execute` to its reply; outlives its time-out, to know a late reply."""
+
+    __slots__ = ("command", "future", "in_band", "started_s", "timer")
+
+    def __init__(
+        self, command: str, future: asyncio.Future[Any], in_band: bool, started_s: float
+    ) -> None:
+        self.command = command
+        self.future = future
+        self.in_band = in_band
+        self.started_s = started_s
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class QmpConnection(asyncio.Protocol):
+    """Open with `connect_qmp`. One per socket, for one life of that socket; not reusable."""
+
+    def __init__(
+        self,
+        on_event: Callable[[QmpEvent], None],
+        *,
+        observe: CallObserver | None = None,
+        line_limit_bytes: int = LINE_LIMIT_BYTES,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_event = on_event
+        self._observe = observe
+        self._line_limit_bytes = line_limit_bytes
+        self._partial = bytearray()
+        self._calls: dict[int, _Call] = {}
+        self._last_id = 0
+        self._in_flight = 0
+        self._waiting: deque[tuple[int, bytes]] = deque()
+        self._fd_lock = asyncio.Lock()
+        self._fd_under_way = False
+        self._drained: asyncio.Future[None] | None = None
+        self._is_buffering = False
+        self._transport: asyncio.Transport | None = None
+        self._greeting: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        self._unknown_seen: set[str] = set()
+        self._failure: Exception | None = None
+        self.closed: asyncio.Future[Exception | None] = self._loop.create_future()
+        """Done when the connection has ended; the result is the reason, None at end of file."""
+        self.greeting: dict[str, Any] = {}
+        self.has_oob = False
+        self.late_replies = 0
+        self.unknown_messages = 0
+
+    # What callers do
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Arguments | None = None,
+        *,
+        deadline_s: float = DEFAULT_DEADLINE_S,
+    ) -> Any:
+        """Run one in-band command and return what it returns, as decoded JSON.
+
+        Raises CommandRefused, NotSent, AnswerLost or ReplyLate (see migrd.qemu.wire for what each
+        of them proves). Cancelling the caller leaves the command with QEMU: it may take effect.
+        """
+        return await self._submit(command, arguments, deadline_s, True)
+
+    async def execute_oob(
+        self,
+        command: str,
+        arguments: Arguments | None = None,
+        *,
+        deadline_s: float = DEFAULT_DEADLINE_S,
+    ) -> Any:
+        """As `execute`, beside all in-band commands. NotSent where the server offers no `oob`."""
+        if not self.has_oob:
+            raise NotSent(f"{command} not sent: this monitor has no out-of-band lane")
+        return await self._submit(command, arguments, deadline_s, False)
+
+    async def send_fd(self, name: str, fd: int, *, deadline_s: float = DEFAULT_DEADLINE_S) -> None:
+        """Hand a duplicate of `fd` to QEMU under `name` (`getfd`); the caller keeps its own.
+
+        Raises as `execute` does.
+        """
+        started_s = time.monotonic()
+        try:
+            async with asyncio.timeout(deadline_s), self._fd_lock:
+                self._fd_under_way = True
+                try:
+                    future = await self._send_with_fd({"fdname": name}, fd, deadline_s)
+                finally:
+                    self._fd_under_way = False
+                    self._send_waiting()
+        except TimeoutError:
+            self._note("getfd", "not_sent", started_s)
+            raise NotSent(f"getfd not sent within {deadline_s} s: QEMU reads nothing") from None
+        await future
+
+    def close(self, reason: Exception | None = None) -> None:
+        """End the connection now; calls under way end with AnswerLost. `closed` follows."""
+        if self._failure is None:
+            self._failure = reason
+        if self._transport is not None:
+            self._transport.abort()
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self.closed.done()
+
+    @property
+    def unanswered(self) -> int:
+        """Commands sent and not answered, given-up ones included: > 0 for long means blocked."""
+        return len(self._calls) - len(self._waiting)
+
+    # Sending
+
+    def _submit(
+        self, command: str, arguments: Arguments | None, deadline_s: float, in_band: bool
+    ) -> asyncio.Future[Any]:
+        transport = self._transport
+        if transport is None or self.closed.done() or transport.is_closing():
+            self._note(command, "not_sent", time.monotonic())
+            raise NotSent(f"{command} not sent: the connection is closed")
+        self._last_id = call_id = self._last_id + 1
+        message: dict[str, object] = {
+            ("execute" if in_band else "exec-oob"): command,
+            "id": call_id,
+        }
+        if arguments:
+            message["arguments"] = arguments
+        payload = orjson.dumps(message, option=orjson.OPT_APPEND_NEWLINE)
+        if (in_band and self._in_flight >= IN_BAND_WINDOW) or self._fd_under_way:
+            if len(self._waiting) >= WAITING_LIMIT:
+                self._note(command, "not_sent", time.monotonic())
+                raise NotSent(f"{command} not sent: {WAITING_LIMIT} commands wait already")
+            self._waiting.append((call_id, payload))
+        else:
+            if in_band:
+                self._in_flight += 1
+            transport.write(payload)
+        return self._expect(call_id, command, deadline_s, in_band)
+
+    def _expect(
+        self, call_id: int, command: str, deadline_s: float, in_band: bool
+    ) -> asyncio.Future[Any]:
+        call = _Call(command, self._loop.create_future(), in_band, time.monotonic())
+        call.timer = self._loop.call_later(deadline_s, self._expire, call_id, deadline_s)
+        self._calls[call_id] = call
+        return call.future
+
+    def _send_waiting(self) -> None:
+        """Send what was held back, oldest first, as far as the window allows."""
+        while self._waiting and not self._fd_under_way and self._transport is not None:
+            call_id, payload = self._waiting[0]
+            call = self._calls[call_id]
+            if call.in_band and self._in_flight >= IN_BAND_WINDOW:
+                return
+            self._waiting.popleft()
+            if call.future.cancelled():  # its caller has left, and it was never sent
+                self._drop(call_id, call)
+                continue
+            self._in_flight += call.in_band
+            self._transport.write(payload)
+
+    def _expire(self, call_id: int, deadline_s: float) -> None:
+        call = self._calls[call_id]
+        for position, (waiting_id, _) in enumerate(self._waiting):
+            if waiting_id == call_id:
+                del self._waiting[position]
+                self._drop(call_id, call)
+                self._note(call.command, "not_sent", call.started_s)
+                if not call.future.done():
+                    text = f"{call.command} not sent within {deadline_s} s: QEMU answers nothing"
+                    call.future.set_exception(NotSent(text))
+                return
+        if not call.future.done():
+            self._note(call.command, "late", call.started_s)
+            text = f"no reply to {call.command} within {deadline_s} s; it may still take effect"
+            call.future.set_exception(ReplyLate(text))
+
+    def _drop(self, call_id: int, call: _Call) -> None:
+        del self._calls[call_id]
+        if call.timer is not None:
+            call.timer.cancel()
+
+    async def _send_with_fd(
+        self, arguments: Arguments, fd: int, deadline_s: float
+    ) -> asyncio.Future[Any]:
+        while self._is_buffering:
+            self._drained = self._loop.create_future()
+            await self._drained
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            raise NotSent("getfd not sent: the connection is closed")
+        self._last_id = call_id = self._last_id + 1
+        message = {"execute": "getfd", "id": call_id, "arguments": arguments}
+        payload = orjson.dumps(message, option=orjson.OPT_APPEND_NEWLINE)
+        sent = await send_with_fd(self._socket, payload, fd)
+        if sent < len(payload):
+            transport.write(payload[sent:])
+        self._in_flight += 1
+        return self._expect(call_id, "getfd", deadline_s, True)
+
+    # Receiving (called by the event loop)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.set_write_buffer_limits(high=0)  # pause_writing tells of the first byte buffered
+        self._transport = transport
+
+    def pause_writing(self) -> None:
+        self._is_buffering = True
+
+    def resume_writing(self) -> None:
+        self._is_buffering = False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    def data_received(self, chunk: bytes) -> None:
+        partial = self._partial
+        if not partial and chunk.find(b"\n") == len(chunk) - 1:
+            self._receive(chunk)  # nearly always: one chunk, one whole line
+            return
+        searched = len(partial)
+        partial += chunk
+        begin = 0
+        end = partial.find(b"\n", searched)
+        while end >= 0 and self._failure is None:
+            self._receive(bytes(partial[begin:end]))
+            begin = end + 1
+            end = partial.find(b"\n", begin)
+        del partial[:begin]
+        if len(partial) > self._line_limit_bytes:
+            partial.clear()
+            self.close(WireBroken(f"a line of more than {self._line_limit_bytes} bytes"))
+
+    def _receive(self, line: bytes) -> None:
+        try:
+            message = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            if line.strip():
+                self.close(WireBroken(f"not JSON: {line[:60]!r}"))
+            return
+        if type(message) is not dict:
+            self.close(WireBroken(f"not a QMP message: {line[:60]!r}"))
+        elif "event" in message:
+            self._receive_event(message)
+        elif "return" in message or "error" in message:
+            self._receive_reply(message)
+        elif "QMP" in message and not self._greeting.done():
+            self._greeting.set_result(message["QMP"])
+        else:
+            self._receive_unknown("keys " + ", ".join(sorted(message)[:5]))
+
+    def _receive_reply(self, message: dict[str, Any]) -> None:
+        call_id = message.get("id")
+        call = self._calls.pop(call_id, None) if type(call_id) is int else None
+        if call is None:
+            self._receive_unknown("a reply to no command of ours")
+            return
+        if call.timer is not None:
+            call.timer.cancel()
+        if call.in_band:
+            self._in_flight -= 1
+            if self._waiting:
+                self._send_waiting()
+        if call.future.done():  # timed out or cancelled long ago
+            self.late_replies += 1
+        elif "return" in message:
+            call.future.set_result(message["return"])
+            self._note(call.command, "ok", call.started_s)
+        else:
+            call.future.set_exception(_refusal(call.command, message["error"]))
+            self._note(call.command, "refused", call.started_s)
+
+    def _receive_event(self, message: dict[str, Any]) -> None:
+        data = message.get("data")
+        event = QmpEvent(
+            name=str(message["event"]),
+            data=data if isinstance(data, dict) else {},
+            received_s=time.monotonic(),
+            sent_s=_stamp_s(message.get("timestamp")),
+        )
+        try:
+            self._on_event(event)
+        except Exception:  # a subscriber's bug must not end the reading of replies
+            log.exception("event %s could not be delivered", event.name)
+
+    def _receive_unknown(self, what: str) -> None:
+        self.unknown_messages += 1
+        if what not in self._unknown_seen and len(self._unknown_seen) < 16:
+            self._unknown_seen.add(what)
+            log.warning("QMP message ignored: %s", what)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        failure = self._failure or exc
+        never_sent = {call_id for call_id, _ in self._waiting}
+        self._waiting.clear()
+        calls, self._calls = self._calls, {}
+        for call_id, call in calls.items():
+            if call.timer is not None:
+                call.timer.cancel()
+            if call.future.done():
+                continue
+            outcome = "not_sent" if call_id in never_sent else "lost"
+            self._note(call.command, outcome, call.started_s)
+            call.future.set_exception(_lost(call.command, outcome, failure))
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        if not self._greeting.done():
+            self._greeting.set_exception(failure or WireBroken("closed before the greeting"))
+        self.closed.set_result(failure)
+
+    def _note(self, command: str, outcome: str, started_s: float) -> None:
+        if self._observe is not None:
+            self._observe(command, outcome, time.monotonic() - started_s)
+
+    # Opening
+
+    async def open(self, plain: socket.socket, *, deadline_s: float, want_oob: bool) -> None:
+        """Greet and negotiate over `plain`, which is owned here from now on."""
+        self._socket = plain
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._loop.create_connection(lambda: self, sock=plain)
+                self.greeting = _object(await self._greeting)
+        except TimeoutError:
+            text = f"no greeting within {deadline_s} s: another client holds it, or QEMU is stuck"
+            raise MonitorBusy(text) from None
+        offered = self.greeting.get("capabilities")
+        has_oob = want_oob and isinstance(offered, list) and "oob" in offered
+        enable: dict[str, object] = {"enable": ["oob"]} if has_oob else {}
+        await self.execute("qmp_capabilities", enable, deadline_s=deadline_s)
+        self.has_oob = has_oob
+
+
+async def connect_qmp(
+    path: Path,
+    on_event: Callable[[QmpEvent], None],
+    *,
+    deadline_s: float = DEFAULT_DEADLINE_S,
+    want_oob: bool = True,
+    observe: CallObserver | None = None,
+    line_limit_bytes: int = LINE_LIMIT_BYTES,
+) -> QmpConnection:
+    """Connect, wait for the greeting, negotiate. `on_event` is called from the reader: be quick.
+
+    Raises MonitorBusy (no greeting within `deadline_s`), WireBroken, VmmUnreachable (no socket,
+    nobody listens), or what `execute` raises for the negotiation.
+    """
+    plain = open_socket(path)
+    connection = QmpConnection(on_event, observe=observe, line_limit_bytes=line_limit_bytes)
+    try:
+        await connection.open(plain, deadline_s=deadline_s, want_oob=want_oob)
+    except BaseException:
+        connection.close()
+        plain.close()
+        raise
+    return connection
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _stamp_s(stamp: object) -> float | None:
+    fields = _object(stamp)
+    seconds, micros = fields.get("seconds"), fields.get("microseconds")
+    if not isinstance(seconds, int) or not isinstance(micros, int) or seconds < 0:
+        return None  # QEMU sends -1 where its clock failed
+    return seconds + micros / 1e6
+
+
+def _refusal(command: str, error: object) -> CommandRefused:
+    fields = _object(error)
+    return CommandRefused(
+        command,
+        str(fields.get("class", "unknown")),
+        str(fields.get("desc", "no description")),
+    )
+
+
+def _lost(command: str, outcome: str, failure: Exception | None) -> Exception:
+    why = f": {failure}" if failure is not None else ""
+    if outcome == "not_sent":
+        return NotSent(f"{command} not sent: the connection ended{why}")
+    return AnswerLost(f"the connection ended before {command} was answered{why}: effect unknown")
