@@ -1,0 +1,289 @@
+"""What migrd does for its clients: the one interface the API (and nothing else) is built on.
+
+Views are snapshots: frozen, never a live object. `generation` of a migration grows by one with every
+change a client can see; `resource_version` is one counter over the whole daemon, so that a watcher
+can ask for "anything newer than n". Calls raise the RequestError family, Unavailable or JournalError.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from migrd.core.convergence import Decision, Estimate
+from migrd.core.facts import Round, VmFacts, VmSpec
+from migrd.core.migration import (
+    Admission,
+    Cause,
+    Mode,
+    Policy,
+    Refusal,
+    Request,
+)
+
+
+class Role(StrEnum):
+    """Which side of a migration this host is."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class Whereabouts(StrEnum):
+    """Where the guest of a migration runs, as far as this host can prove."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+    NOWHERE = "nowhere"
+    MOVING = "moving"
+    """Between STOP and RESUME: it runs on neither side at this moment."""
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class TimelineEntry:
+    """A phase, when it was entered, and how long it lasted (None while it lasts)."""
+
+    phase: str
+    wall_s: float
+    monotonic_s: float
+    duration_s: float | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The newest figures of the transfer; None where QEMU has not said."""
+
+    total_bytes: int | None = None
+    transferred_bytes: int | None = None
+    remaining_bytes: int | None = None
+    dirty_bytes_per_s: float | None = None
+    bandwidth_bytes_per_s: float | None = None
+    throttle_percent: int = 0
+    rounds: int = 0
+    qemu_status: str | None = None
+    postcopy_requests: int | None = None
+    stalled_s: float | None = None
+    """How long nothing has moved; None while it moves."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One standing fact, as Kubernetes clients know them: type, status True/False/Unknown."""
+
+    type: str
+    status: str
+    reason: str
+    message: str
+    since_wall_s: float
+
+
+@dataclass(frozen=True)
+class MigrationView:
+    """One migration as this host knows it."""
+
+    id: str
+    role: Role
+    vm: str
+    source: str
+    destination: str
+    phase: str
+    """core.phases.Phase on the source, core.handover.DestinationPhase on the destination."""
+    generation: int
+    resource_version: int
+    is_terminal: bool
+    guest_runs_on: Whereabouts
+    epoch: int
+    created_wall_s: float
+    timeline: tuple[TimelineEntry, ...]
+    mode: Mode
+    policy: Policy | None
+    progress: Progress
+    estimate: Estimate | None = None
+    last_decision: Decision | None = None
+    cause: Cause | None = None
+    refusals: tuple[Refusal, ...] = ()
+    conditions: tuple[Condition, ...] = ()
+    blackout_s: float | None = None
+    """Upper bound on one clock: source's STOP to the destination's RESUME known here."""
+    qemu_downtime_s: float | None = None
+    elapsed_s: float = 0.0
+    total_s: float | None = None
+    next_step: str | None = None
+    """What a person should do now, when there is something."""
+    requested_by: str = ""
+    queue_position: int | None = None
+
+
+@dataclass(frozen=True)
+class VmView:
+    """One VM as this host knows it."""
+
+    name: str
+    resource_version: int
+    spec: VmSpec
+    managed: bool
+    """Launched by migrd from a profile (else adopted)."""
+    state: str
+    """running, paused, stopped, incoming, departed, unreachable, dead, or QEMU's own run state."""
+    facts: VmFacts | None
+    facts_age_s: float | None
+    epoch: int
+    migration_id: str | None = None
+    """The migration going on, on either side."""
+    pid: int | None = None
+    serial_path: str | None = None
+
+
+@dataclass(frozen=True)
+class PeerView:
+    name: str
+    url: str
+    up: bool | None
+    """None: not asked yet."""
+    checked_wall_s: float | None
+    error: str | None
+    migrd_version: str | None = None
+
+
+@dataclass(frozen=True)
+class HostView:
+    """This host."""
+
+    name: str
+    migrd_version: str
+    boot_wall_s: float
+    qemu_binaries: Mapping[str, str | None]
+    """Profile name -> QEMU's version, None when it cannot be asked."""
+    profiles: tuple[str, ...]
+    outgoing_slots: int
+    outgoing_active: int
+    incoming_slots: int
+    incoming_active: int
+    memory_available_bytes: int | None
+    all_iommus_track_dirty: bool | None
+    """None: unknown (this version of migrd does not look yet)."""
+    tls: bool
+    vms: int
+    peers: tuple[PeerView, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlanView:
+    """What a migration would meet: every refusal at once, and the estimate."""
+
+    vm: str
+    destination: str
+    possible: bool
+    refusals: tuple[Refusal, ...]
+    warnings: tuple[Refusal, ...]
+    memory_bytes: int | None
+    mode_choices: tuple[Mode, ...]
+    features_missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """"source"/"destination" -> features that QEMU lacks."""
+    predicted_total_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a client's wish about a migration."""
+
+    admission: Admission
+    reason: str
+    message: str
+    migration: MigrationView
+
+
+@dataclass(frozen=True)
+class Published:
+    """One event of the stream. `id` grows by one; `kind` is e.g. migration.phase,
+    migration.round, migration.decision, vm.changed, peer.changed, events.lost."""
+
+    id: int
+    wall_s: float
+    kind: str
+    vm: str | None
+    migration_id: str | None
+    body: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of readiness."""
+
+    name: str
+    ok: bool
+    message: str
+
+
+class Resolution(StrEnum):
+    """An operator's word on a migration in needs_operator."""
+
+    DESTINATION_FENCED = "destination_fenced"
+    """The destination can never run the guest (powered off, its QEMU proven dead before it ran)."""
+    DESTINATION_RUNS = "destination_runs"
+    """The guest was seen to run on the destination."""
+    GUEST_LOST = "guest_lost"
+    """Give the guest up."""
+
+
+class Service(Protocol):
+    """The engine, as its clients see it."""
+
+    def host(self) -> HostView: ...
+
+    def readiness(self) -> Sequence[Check]: ...
+
+    def vms(self) -> tuple[int, Sequence[VmView]]:
+        """(resource_version, all VMs by name)."""
+
+    def vm(self, name: str) -> VmView: ...
+
+    async def define_vm(self, spec: VmSpec, *, dry_run: bool) -> tuple[VmView, bool]:
+        """Define a VM, or name the profile of an adopted one; (view, created). Idempotent."""
+
+    async def forget_vm(self, name: str) -> None:
+        """Forget a VM that is not running here."""
+
+    async def start_vm(self, name: str) -> VmView: ...
+
+    async def stop_vm(self, name: str) -> VmView: ...
+
+    async def plan(self, request: Request) -> PlanView: ...
+
+    async def create_migration(
+        self, request: Request, *, idempotency_key: str | None, body_digest: str
+    ) -> tuple[MigrationView, bool]:
+        """(view, created). False: the same key and body came before. Raises Conflict
+        (`already_migrating`, ...), NotFound (`unknown_vm`, `unknown_destination`), Invalid
+        (`idempotency_key_reused` when the body differs)."""
+
+    def migrations(self) -> tuple[int, Sequence[MigrationView]]:
+        """(resource_version, all, newest first)."""
+
+    def migration(self, migration_id: str) -> MigrationView: ...
+
+    async def wait_newer(self, resource_version: int, *, within_s: float) -> int:
+        """The daemon's resource_version, as soon as it exceeds the one given or time is over."""
+
+    async def rounds(self, migration_id: str) -> Sequence[Round]: ...
+
+    async def decisions(self, migration_id: str) -> Sequence[Decision]: ...
+
+    async def cancel(self, migration_id: str, *, by: str) -> Answer: ...
+
+    async def switch_over(self, migration_id: str, *, by: str) -> Answer: ...
+
+    async def change_policy(self, migration_id: str, policy: Policy, *, by: str) -> Answer: ...
+
+    async def resolve(
+        self, migration_id: str, resolution: Resolution, *, evidence: str, by: str
+    ) -> Answer: ...
+
+    def events(
+        self, *, after_id: int | None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Published]]:
+        """The stream, from after `after_id` where the bounded history still has it (else the
+        first event is `events.lost`), from now when None. A reader that is too slow gets
+        `events.lost` and goes on."""
