@@ -35,7 +35,6 @@ import orjson
 
 from migrd.qemu.sockets import open_socket, send_with_fd
 from migrd.qemu.wire import (
-    AnswerLost,
     Arguments,
     CommandRefused,
     MonitorBusy,
@@ -43,6 +42,8 @@ from migrd.qemu.wire import (
     QmpEvent,
     ReplyLate,
     WireBroken,
+    json_object,
+    lost_call,
 )
 
 LINE_LIMIT_BYTES = 8 * 1024 * 1024
@@ -326,17 +327,11 @@ class QmpConnection(asyncio.Protocol):
             call.future.set_result(message["return"])
             self._note(call.command, "ok", call.started_s)
         else:
-            call.future.set_exception(_refusal(call.command, message["error"]))
+            call.future.set_exception(CommandRefused.of(call.command, message["error"]))
             self._note(call.command, "refused", call.started_s)
 
     def _receive_event(self, message: dict[str, Any]) -> None:
-        data = message.get("data")
-        event = QmpEvent(
-            name=str(message["event"]),
-            data=data if isinstance(data, dict) else {},
-            received_s=time.monotonic(),
-            sent_s=_stamp_s(message.get("timestamp")),
-        )
+        event = QmpEvent.of(message, time.monotonic())
         try:
             self._on_event(event)
         except Exception:  # a subscriber's bug must not end the reading of replies
@@ -360,7 +355,7 @@ class QmpConnection(asyncio.Protocol):
                 continue
             outcome = "not_sent" if call_id in never_sent else "lost"
             self._note(call.command, outcome, call.started_s)
-            call.future.set_exception(_lost(call.command, outcome, failure))
+            call.future.set_exception(lost_call(call.command, outcome, failure))
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
         if not self._greeting.done():
@@ -379,7 +374,7 @@ class QmpConnection(asyncio.Protocol):
         try:
             async with asyncio.timeout(deadline_s):
                 await self._loop.create_connection(lambda: self, sock=plain)
-                self.greeting = _object(await self._greeting)
+                self.greeting = json_object(await self._greeting)
         except TimeoutError:
             text = f"no greeting within {deadline_s} s: another client holds it, or QEMU is stuck"
             raise MonitorBusy(text) from None
@@ -413,31 +408,3 @@ async def connect_qmp(
         plain.close()
         raise
     return connection
-
-
-def _object(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _stamp_s(stamp: object) -> float | None:
-    fields = _object(stamp)
-    seconds, micros = fields.get("seconds"), fields.get("microseconds")
-    if not isinstance(seconds, int) or not isinstance(micros, int) or seconds < 0:
-        return None  # QEMU sends -1 where its clock failed
-    return seconds + micros / 1e6
-
-
-def _refusal(command: str, error: object) -> CommandRefused:
-    fields = _object(error)
-    return CommandRefused(
-        command,
-        str(fields.get("class", "unknown")),
-        str(fields.get("desc", "no description")),
-    )
-
-
-def _lost(command: str, outcome: str, failure: Exception | None) -> Exception:
-    why = f": {failure}" if failure is not None else ""
-    if outcome == "not_sent":
-        return NotSent(f"{command} not sent: the connection ended{why}")
-    return AnswerLost(f"the connection ended before {command} was answered{why}: effect unknown")

@@ -65,8 +65,13 @@ async def _writable(plain: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     duplicate = os.dup(plain.fileno())
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
     try:
-        loop.add_writer(duplicate, lambda: ready.done() or ready.set_result(None))
+        loop.add_writer(duplicate, wake)
         await ready
     finally:
         loop.remove_writer(duplicate)
