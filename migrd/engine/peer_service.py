@@ -1,15 +1,14 @@
 """What this host does for other hosts' migrd: the answering side of `ports.Peer`.
 
-    the engine here --Peer--> migrd.peer.client ~~mutual TLS~~> migrd.peer.server --PeerService--> the
-                                                                                  engine there
+    engine --Peer--> peer.client ~~~ mutual TLS ~~~> peer.server --PeerService--> engine there
 
 Rules
-1. `source` (and `destination`, in `source_view`) is the name in the caller's certificate, found in the
-   roster: authenticated, never taken from a message.
+1. `source` (and `destination`, in `source_view`) is the name in the caller's certificate, found in
+   the roster: authenticated, never taken from a message.
 2. A caller may only touch migrations it is the other side of. The server asks `incoming_source` and
    `outgoing_destination` before it calls anything else, so a call here has been checked already.
-3. Messages are lost, late, repeated and reordered: each call is idempotent by migration id and epoch.
-   A message of an older epoch changes nothing and raises Conflict(code="stale_epoch").
+3. Messages are lost, late, repeated and reordered: each call is idempotent by migration id and
+   epoch. A message of an older epoch changes nothing and raises Conflict(code="stale_epoch").
 4. A caller that is cut off does not cancel the call: the server lets it end (its effect may be half
    done), and the caller asks again. Only the waiting in `view` is cancelled.
 5. Whether the destination refused the guest is said by a DestinationView in phase `refused`, and by
@@ -27,8 +26,8 @@ from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
 from migrd.engine.ports import DestinationView, HostProfile, SourceView
 
 PEER_PROTOCOL: Final = 1
-"""Version of the messages between daemons. It grows when an old daemon would misunderstand a new one;
-fields that may be ignored are added without."""
+"""Version of the messages between daemons. It grows when an old daemon would misunderstand a new
+one; fields that may be ignored are added without."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ class PeerService(Protocol):
     ) -> DestinationView:
         """The source will never grant this migration: refuse durably and clean up.
 
-        A migration never heard of: raises NotFound, and a later `prepare` of the same id and
-        epoch must not succeed on the strength of a late message alone (the epoch decides).
+        Raises NotFound for a migration never heard of. A `prepare` that was on its way may still
+        arrive after that; nobody will grant it, so the deadline of its phase refuses it.
         """
 
     async def listen_for_recovery(self, source: str, migration_id: str) -> TransferAddress:
