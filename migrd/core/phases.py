@@ -118,6 +118,7 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[Trigger, Phase]]] = MappingProxyType(
             Trigger.DESTINATION_REFUSED: Phase.ROLLING_BACK,
             Trigger.GUEST_DIED: Phase.GUEST_LOST,
             Trigger.SOURCE_KEPT: Phase.ROLLED_BACK,
+            Trigger.CANCEL_COMPLETED: Phase.CANCELLED,
         },
         Phase.COMPLETING: {
             Trigger.SOURCE_RELEASED: Phase.SUCCEEDED,
@@ -128,6 +129,8 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[Trigger, Phase]]] = MappingProxyType(
             Trigger.CANCEL_COMPLETED: Phase.CANCELLED,
             Trigger.GUEST_DIED: Phase.GUEST_LOST,
             Trigger.OUTCOME_UNKNOWN: Phase.NEEDS_OPERATOR,
+            # the source died while it was being resumed, and the destination holds all of the guest
+            Trigger.TRANSFER_COMPLETED: Phase.GRANTED,
         },
         Phase.SUCCEEDED: {},
         Phase.ROLLED_BACK: {},

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from migrd.core.facts import (
+    Feature,
+    RunState,
     TransferAddress,
     TransferSample,
     TransferSettings,
@@ -78,6 +80,9 @@ class Vmm(Protocol):
         """The in-band monitor is connected at this moment."""
 
     async def facts(self) -> VmFacts: ...
+
+    async def run_state(self) -> RunState:
+        """query-status alone: the cheapest sign of life, asked of every VM each second."""
 
     async def sample(self) -> TransferSample:
         """query-migrate and query-status, asked now."""
@@ -149,12 +154,26 @@ class Launcher(Protocol):
         """Digest of what a guest can see of this profile with these parameters (machine, memory,
         devices). Raises Invalid naming each parameter that is wrong, NotFound for the profile."""
 
+    async def probe(self, spec: VmSpec) -> tuple[str, frozenset[Feature]]:
+        """(version for people, features) of the QEMU that the profile names; asked of a process
+        without a machine, remembered until the binary changes. Raises as `check`, VmmError."""
+
     async def launch(self, spec: VmSpec, instance: str, *, incoming: bool) -> Vmm:
         """Start a QEMU, detached so that it outlives this daemon; `incoming` waits for a guest
         (`-S -incoming defer`). Raises VmmDied with QEMU's own words when it does not start."""
 
     async def find(self) -> Sequence[Vmm]:
-        """Every QEMU of ours that is alive (after a restart), and every adopted one."""
+        """Every QEMU that has a directory of ours or an adopted socket, not yet found before;
+        those proven dead since are among them (`is_dead`)."""
+
+    def is_managed(self, vmm: Vmm) -> bool:
+        """Launched by us (else adopted)."""
+
+    def spec_of(self, vmm: Vmm) -> VmSpec:
+        """What it was launched from; for an adopted one its name alone."""
+
+    def serial_path(self, vmm: Vmm) -> str | None:
+        """Where the guest's serial output goes, if the profile has any."""
 
     async def forget(self, vmm: Vmm) -> None:
         """Close the connections and remove the files of a process that is proven dead."""
