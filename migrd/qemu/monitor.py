@@ -262,7 +262,7 @@ class Monitor:
                 try:
                     await self._serve(connection)
                 finally:
-                    connection.close()
+                    await connection.end()
                 if time.monotonic() - started_s >= SETTLED_S:
                     retry_s = FIRST_RETRY_S
             await asyncio.sleep(retry_s)

@@ -33,6 +33,7 @@ from typing import Any
 
 import orjson
 
+from migrd.errors import VmmUnreachable
 from migrd.qemu.sockets import open_socket, send_with_fd
 from migrd.qemu.wire import (
     Arguments,
@@ -159,6 +160,13 @@ class QmpConnection(asyncio.Protocol):
             self._failure = reason
         if self._transport is not None:
             self._transport.abort()
+
+    async def end(self) -> None:
+        """`close`, and return once nothing of the connection is left."""
+        self.close()
+        self._greeting.cancel()
+        if self._transport is not None:
+            await asyncio.wait([self.closed])
 
     @property
     def is_open(self) -> bool:
@@ -378,6 +386,8 @@ class QmpConnection(asyncio.Protocol):
         except TimeoutError:
             text = f"no greeting within {deadline_s} s: another client holds it, or QEMU is stuck"
             raise MonitorBusy(text) from None
+        except OSError as failure:
+            raise VmmUnreachable(f"no greeting: {failure}", code="qmp_no_socket") from failure
         offered = self.greeting.get("capabilities")
         has_oob = want_oob and isinstance(offered, list) and "oob" in offered
         enable: dict[str, object] = {"enable": ["oob"]} if has_oob else {}
@@ -404,7 +414,7 @@ async def connect_qmp(
     try:
         await connection.open(plain, deadline_s=deadline_s, want_oob=want_oob)
     except BaseException:
-        connection.close()
+        await connection.end()
         plain.close()
         raise
     return connection

@@ -81,7 +81,7 @@ FEATURE_TESTS: Final[Mapping[Feature, Callable[[QmpSchema], bool]]] = MappingPro
 
 
 def read_schema(answer: object) -> QmpSchema:
-    """What `query-qmp-schema` returned, as a QmpSchema. Whatever is missing is simply not offered."""
+    """What `query-qmp-schema` returned, as a QmpSchema; what is missing there is not offered."""
     types = _Types(answer)
     commands = frozenset(types.named("command"))
     return QmpSchema(
@@ -105,7 +105,9 @@ class _Types:
 
     def __init__(self, answer: object) -> None:
         entries = answer if isinstance(answer, list) else []
-        self._entries = {str(entry["name"]): entry for entry in entries if _has_name(entry)}
+        self._entries: dict[str, dict[str, Any]] = {
+            str(entry["name"]): entry for entry in entries if _has_name(entry)
+        }
 
     def entry(self, name: object) -> Mapping[str, Any]:
         return self._entries.get(str(name), {})
