@@ -4,15 +4,17 @@ Words: a round is one dirty sync of QEMU; D the dirty rate, B the bandwidth meas
 R what remains after the sync, L the downtime limit, c the fixed cost of a switchover.
 
     predicted blackout = c + R / B
-    next round's R     = D * R / B         (each byte sent costs 1/B s, in which D/B bytes get dirty)
+    next round's R     = D * R / B         (each byte sent costs 1/B s, in which D/B bytes get
+    dirty)
 
-so with lambda = D / B < 1 the rounds shrink geometrically (Clark et al., NSDI 2005; Liu et al., HPDC
-2011) until R fits (L - c) * B, and with lambda >= 1 they do not. D is taken from the rounds as distinct
-pages dirtied per second, which saturates at the working set: a working set smaller than (L - c) * B
-always converges, and that shows in R itself, so R is looked at before lambda.
+so with lambda = D / B < 1 the rounds shrink geometrically (Clark et al., NSDI 2005; Liu et al.,
+HPDC 2011) until R fits (L - c) * B, and with lambda >= 1 they do not. D is taken from the rounds
+as distinct pages dirtied per second, which saturates at the working set: a working set smaller
+than (L - c) * B always converges, and that shows in R itself, so R is looked at before lambda.
 
-A throttle of p leaves D * (1 - p). One step is computed from the rounds, p = 1 - AIM * B / D, instead
-of climbing by tens: on real QEMU that costs the guest less than half the time (design measurements).
+A throttle of p leaves D * (1 - p). One step is computed from the rounds, p = 1 - AIM * B / D,
+instead of climbing by tens: on real QEMU that costs the guest less than half the time (design
+measurements).
 
 Nothing here is certain: `converges` is None until two rounds were seen.
 """

@@ -1,6 +1,7 @@
 """The handover: a guest changes hosts and never runs twice, whatever is lost, late or repeated.
 
-Two journals, no third party. The destination QEMU waits with `-S`, so only an explicit `cont` runs it.
+Two journals, no third party. The destination QEMU waits with `-S`, so only an explicit `cont` runs
+it.
 
     source                                   destination
     seen: own QEMU cannot resume itself      seen: own QEMU has the guest, paused   (loaded)
@@ -12,16 +13,17 @@ Two journals, no third party. The destination QEMU waits with `-S`, so only an e
     journal DESTINATION_RAN; quit QEMU
 
 Rules
-1. GRANT is sent only when granted is durable; after that the source resumes on REFUSED alone (or on an
-   operator's proof). A lost answer is asked again; it is never an answer.
-2. A destination that never journalled STARTING may journal REFUSED; that is durable and final. After
-   STARTING it may not refuse: whether the guest ran is decided by looking at its QEMU.
-3. Every message is idempotent by migration id and epoch. An epoch grows by one with each migration of
-   a VM; a message of an older epoch is refused and changes nothing.
-4. The source may not be granted away while its QEMU could still resume by itself: in precopy that is
-   over when it is seen `completed`; in postcopy when the destination is seen in postcopy and after that
-   the source's monitor still says so (QEMU's start of postcopy holds the lock the monitor needs, so an
-   answer after the destination has arrived proves that it can no longer fail and resume).
+1. GRANT is sent only when granted is durable; after that the source resumes on REFUSED alone (or
+   on an operator's proof). A lost answer is asked again; it is never an answer.
+2. A destination that never journalled STARTING may journal REFUSED; that is durable and final.
+   After STARTING it may not refuse: whether the guest ran is decided by looking at its QEMU.
+3. Every message is idempotent by migration id and epoch. An epoch grows by one with each migration
+   of a VM; a message of an older epoch is refused and changes nothing.
+4. The source may not be granted away while its QEMU could still resume by itself: in precopy that
+   is over when it is seen `completed`; in postcopy when the destination is seen in postcopy and
+   after that the source's monitor still says so (QEMU's start of postcopy holds the lock the
+   monitor needs, so an answer after the destination has arrived proves that it can no longer fail
+   and resume).
 5. A destination in postcopy never refuses by time-out: the source cannot take the guest back then.
 
     preparing > receiving > loaded > owned > starting > running

@@ -1,8 +1,9 @@
 """What migrd does for its clients: the one interface the API (and nothing else) is built on.
 
-Views are snapshots: frozen, never a live object. `generation` of a migration grows by one with every
-change a client can see; `resource_version` is one counter over the whole daemon, so that a watcher
-can ask for "anything newer than n". Calls raise the RequestError family, Unavailable or JournalError.
+Views are snapshots: frozen, never a live object. `generation` of a migration grows by one with
+every change a client can see; `resource_version` is one counter over the whole daemon, so that a
+watcher can ask for "anything newer than n". Calls raise the RequestError family, Unavailable or
+JournalError.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence

@@ -1,0 +1,45 @@
+"""The engine's settings as values; `daemon.py` fills them from the configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from migrd.engine.ports import TlsIdentity
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Limits and deadlines. Every phase has one: nothing waits for ever without saying so."""
+
+    host: str
+    listen_host: str = "127.0.0.1"
+    """Where an incoming QEMU listens for the guest."""
+    tls: TlsIdentity | None = None
+    outgoing_slots: int = 2
+    incoming_slots: int = 2
+    preflight_deadline_s: float = 15.0
+    prepare_deadline_s: float = 60.0
+    switchover_deadline_s: float | None = None
+    """None: twice the downtime limit and two seconds more."""
+    grant_deadline_s: float = 30.0
+    """Without an answer to GRANT for so long, the operator is called (and it is asked on)."""
+    rollback_deadline_s: float = 30.0
+    release_deadline_s: float = 60.0
+    stall_s: float = 10.0
+    """Not one byte moved for so long: the link is stalled, roll back."""
+    receive_idle_s: float = 60.0
+    loaded_idle_s: float = 120.0
+    watch_interval_s: float = 1.0
+    peer_interval_s: float = 5.0
+    history: int = 4096
+    """Events kept for replay."""
+    queue: int = 1024
+    """Events a slow reader may be behind."""
+    peers: Mapping[str, str] = field(default_factory=dict)
+    """Roster: host name -> URL, for people to see."""
+    migrd_version: str = ""
+
+    def switchover_s(self, downtime_limit_s: float) -> float:
+        """Deadline of the switchover phase."""
+        if self.switchover_deadline_s is not None:
+            return self.switchover_deadline_s
+        return 2 * downtime_limit_s + 2.0

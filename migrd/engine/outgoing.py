@@ -1,0 +1,380 @@
+"""One migration away from this host, and the one task that owns it.
+
+    wish (API) ----+
+                   v
+    step task -> event -> advance -> journal (fsync) -> publish -> next step task
+
+- Only `run` changes the state, one event at a time. A step (engine.precopy, .switchover, .rollback)
+  carries out the instruction of a phase and ends in exactly one event; a wish that changes the
+  phase cancels the step, waits for it, and then is the event.
+- Steps may be begun again at any time (after a restart, after an error): each looks before it acts.
+- What is not durable has not happened, with these exceptions, each safe to lose:
+    SWITCHOVER_REACHED is an observation, saved while QEMU already goes on;
+    STEP_FAILED, CANCEL_REQUESTED, DESTINATION_REFUSED lead back to the source. A replay that misses
+    them finds QEMU stopped or failed, or asks the destination, whose refusal is durable, and comes
+    to the same end. They are saved together with the next event.
+- GRANT needs its record. When that cannot be written, the guest is taken back only after the
+  destination has refused durably: the record might be on the disk after all.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import structlog
+
+from migrd.core.convergence import Decision, Estimate
+from migrd.core.facts import Round, TransferSample, TransferSettings
+from migrd.core.handover import DestinationPhase
+from migrd.core.migration import (
+    INSTRUCTION_OF,
+    Cause,
+    Instruction,
+    MigrationEvent,
+    MigrationState,
+    advance,
+)
+from migrd.core.phases import TRANSITIONS, IllegalTransition, Phase, Trigger
+from migrd.engine.ports import Peer, StoredRequest, StoredVm, Vmm
+from migrd.engine.world import World
+from migrd.errors import JournalError, MigrdError, PeerError, VmmDied
+
+log = structlog.get_logger(__name__)
+
+ACT_FIRST: Final = frozenset(
+    {Trigger.STEP_FAILED, Trigger.CANCEL_REQUESTED, Trigger.DESTINATION_REFUSED}
+)
+RETRY_S: Final = 0.5
+KEEP_EVERY_S: Final = 1.0
+KEPT_ROUNDS: Final = 5000
+"""Rounds of one migration in the journal; later ones are counted and shown, not kept."""
+ROUNDS_IN_MEMORY: Final = 2000
+DECISIONS_IN_MEMORY: Final = 500
+
+Step = Callable[["Outgoing"], Awaitable[MigrationEvent]]
+
+
+class Outgoing:
+    """The source's side of one migration."""
+
+    def __init__(
+        self,
+        world: World,
+        stored: StoredRequest,
+        state: MigrationState,
+        vmm: Vmm,
+        peer: Peer,
+        steps: Mapping[Instruction, Step],
+    ) -> None:
+        self.world = world
+        self.stored = stored
+        self.state = state
+        self.vmm = vmm
+        self.peer = peer
+        self._steps = steps
+        self.generation = state.events_applied
+        self.resource_version = 0
+        self.sample: TransferSample | None = None
+        self.rounds: deque[Round] = deque(maxlen=ROUNDS_IN_MEMORY)
+        self.decisions: deque[Decision] = deque(maxlen=DECISIONS_IN_MEMORY)
+        self.estimate: Estimate | None = None
+        self.troubles: dict[str, tuple[str, float]] = {}
+        """Standing conditions: type -> (message, since wall_s)."""
+        self.moved_at_s: float | None = None
+        """Monotonic time at which bytes were last seen to move."""
+        self.throttle_percent = 0
+        self.qemu_downtime_s: float | None = None
+        self.policy_changed = asyncio.Event()
+        self.resumed = False
+        """True when this task took over from an earlier daemon process."""
+        self.cancel_wished = False
+        self._wishes: asyncio.Queue[MigrationEvent] = asyncio.Queue(maxsize=64)
+        self._unsaved: list[MigrationEvent] = []
+        self._unkept: deque[tuple[str, dict[str, object]]] = deque(maxlen=KEPT_ROUNDS)
+        self._saving: asyncio.Task[None] | None = None
+        self._lock = asyncio.Lock()
+        self.log = log.bind(vm=stored.request.vm, migration_id=stored.id)
+
+    # Facts ------------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        return self.stored.id
+
+    def settings(self) -> TransferSettings:
+        """How QEMU is to move the guest; the same on both sides."""
+        request, policy = self.stored.request, self.state.policy
+        return TransferSettings(
+            downtime_limit_s=policy.downtime_limit_s,
+            max_bandwidth_bytes_per_s=policy.max_bandwidth_bytes_per_s,
+            multifd_channels=request.multifd_channels,
+            auto_converge=True,
+            postcopy=request.may_postcopy,
+            tls=self.world.options.tls is not None,
+            peer_name=self.peer.name,
+        )
+
+    @property
+    def deadline_at_s(self) -> float:
+        """Monotonic time at which the policy's deadline is over."""
+        return self.state.timeline[0].monotonic_s + self.state.policy.deadline_s
+
+    def event(self, trigger: Trigger, **facts: Any) -> MigrationEvent:
+        """An event that has just happened."""
+        clock = self.world.clock
+        return MigrationEvent(trigger, clock.wall_s(), clock.monotonic_s(), **facts)
+
+    def failed(self, code: str, message: str) -> MigrationEvent:
+        """STEP_FAILED with its cause."""
+        return self.event(Trigger.STEP_FAILED, cause=Cause(code, message))
+
+    # Wishes from outside ----------------------------------------------------------------------
+
+    def wish(self, event: MigrationEvent) -> bool:
+        """Hand an event to the owner; False when too many wait already."""
+        try:
+            self._wishes.put_nowait(event)
+        except asyncio.QueueFull:
+            return False
+        if event.trigger is Trigger.CANCEL_REQUESTED:
+            self.cancel_wished = True
+        return True
+
+    # The owner task ---------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until a terminal phase. Cancelled at shutdown: the journal and QEMU stay as they are."""
+        keeper = asyncio.create_task(self._keep_observations(), name=f"keeper-{self.id[:8]}")
+        try:
+            while not self.state.is_terminal:
+                await self._apply_durably(await self._next_event())
+            await self._flush()
+        finally:
+            await _end(keeper)
+            if self._saving is not None:
+                await asyncio.wait([self._saving])
+        await self._keep_now()
+
+    async def _next_event(self) -> MigrationEvent:
+        """What the phase's step comes to, or a wish that has its place now, first come."""
+        step = asyncio.create_task(self._carry_out(), name=f"step-{self.id[:8]}")
+        try:
+            while True:
+                wish = asyncio.create_task(self._wishes.get())
+                try:
+                    await asyncio.wait({step, wish}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    if not wish.done():
+                        await _end(wish)
+                if step.done():
+                    if not wish.cancelled():
+                        self._wishes.put_nowait(wish.result())  # looked at in the next phase
+                    return step.result()
+                if await self._grant_wish(wish.result(), step):
+                    return wish.result()
+        finally:
+            await _end(step)
+
+    async def _grant_wish(self, event: MigrationEvent, step: asyncio.Task[MigrationEvent]) -> bool:
+        """Apply a wish that leaves the phase alone; True when it changes it: the step has ended."""
+        row = TRANSITIONS[self.state.phase]
+        if event.trigger not in row or step.done():
+            if event.trigger in row:
+                self._wishes.put_nowait(event)
+            return False  # the phase has moved on since the wish was admitted
+        if row[event.trigger] is self.state.phase:
+            with contextlib.suppress(JournalError):  # reported as a condition; the wish is not met
+                await self.apply(event)
+            self.policy_changed.set()
+            return False
+        await _end(step)
+        return True
+
+    async def _carry_out(self) -> MigrationEvent:
+        """Run the step of the present phase until it comes to an event."""
+        instruction = INSTRUCTION_OF.get(self.state.phase)
+        if instruction is None:  # pending: only a wish (STARTED, CANCEL_REQUESTED) moves it
+            await asyncio.Event().wait()
+        assert instruction is not None
+        while True:
+            try:
+                return await self._steps[instruction](self)
+            except VmmDied as exc:
+                return self.event(Trigger.GUEST_DIED, cause=Cause(exc.code, exc.message))
+            except Exception as exc:
+                event = self._after_error(exc)
+                if event is not None:
+                    return event
+                await asyncio.sleep(RETRY_S)
+
+    def _after_error(self, exc: Exception) -> MigrationEvent | None:
+        """The event an error in a step amounts to; None: begin the step again."""
+        if isinstance(exc, MigrdError):
+            cause = Cause(exc.code, exc.message)
+            self.log.warning("a step did not work", phase=self.state.phase, cause=exc.message)
+        else:
+            cause = Cause("internal_error", f"{type(exc).__name__}: {exc}")
+            self.log.error("a step broke", phase=self.state.phase, exc_info=exc)
+        if Trigger.STEP_FAILED in TRANSITIONS[self.state.phase]:
+            return self.event(Trigger.STEP_FAILED, cause=cause)
+        self.trouble("StepFailing", cause.message)
+        return None
+
+    # Applying events --------------------------------------------------------------------------
+
+    async def _apply_durably(self, event: MigrationEvent) -> None:
+        """Apply an event; when it cannot be journalled, do what is safe (module docstring)."""
+        while True:
+            try:
+                await self.apply(event)
+            except JournalError as exc:
+                event = await self._when_not_durable(event, exc)
+            except IllegalTransition as exc:
+                self.log.error("an event has no place", exc_info=exc)
+                return
+            else:
+                return
+
+    async def _when_not_durable(self, event: MigrationEvent, exc: JournalError) -> MigrationEvent:
+        self.log.error("the journal cannot be written", trigger=event.trigger, cause=exc.message)
+        if event.trigger is Trigger.DESTINATION_PREPARED:
+            return self.failed(exc.code, exc.message)
+        granting = event.trigger is Trigger.TRANSFER_COMPLETED and not event.source_died
+        if granting and await self._refused_for_good(exc.message):
+            return self.failed(exc.code, exc.message)
+        await asyncio.sleep(RETRY_S)
+        return event
+
+    async def _refused_for_good(self, reason: str) -> bool:
+        """Has the destination durably refused? Only then may an unsaved grant be taken back."""
+        try:
+            view = await self.peer.discard(self.id, self.state.epoch, reason)
+        except PeerError as exc:
+            self.log.error("the destination does not answer either", cause=exc.message)
+            return False
+        return view.phase is DestinationPhase.REFUSED
+
+    async def apply(self, event: MigrationEvent) -> None:
+        """Advance, save, publish. Raises JournalError or IllegalTransition: nothing changed."""
+        async with self._lock:
+            new, _ = advance(self.state, event)
+            if event.trigger is Trigger.SWITCHOVER_REACHED:
+                await self._saved()
+                self._saving = asyncio.create_task(self._save(event, act_first=True))
+            else:
+                await self._save(event, act_first=event.trigger in ACT_FIRST)
+            self._enter(new)
+
+    async def _saved(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            await saving
+
+    async def _save(self, event: MigrationEvent, *, act_first: bool) -> None:
+        if not act_first or self._saving is not asyncio.current_task():
+            await self._saved()
+        events = [*self._unsaved, event]
+        try:
+            await self.world.journal.append_outgoing(self.id, events, self._vm_after(event))
+        except JournalError as exc:
+            self.trouble("JournalFailing", exc.message)
+            if not act_first:
+                raise
+            self._unsaved = events
+        else:
+            self._unsaved = []
+            self.settle("JournalFailing")
+
+    async def _flush(self) -> None:
+        """Whatever was left unsaved is written before the task ends."""
+        await self._saved()
+        while self._unsaved:
+            try:
+                await self.world.journal.append_outgoing(self.id, self._unsaved)
+                self._unsaved = []
+            except JournalError:
+                await asyncio.sleep(RETRY_S)
+
+    def _vm_after(self, event: MigrationEvent) -> StoredVm | None:
+        """What the event makes of this host's VM; written in the same transaction."""
+        state = self.state
+        if event.trigger is Trigger.TRANSFER_COMPLETED:
+            return StoredVm(self.stored.spec, state.epoch, here=True, instance=self.vmm.instance)
+        if event.trigger is Trigger.SOURCE_RELEASED:
+            return StoredVm(self.stored.spec, state.epoch, here=False, instance=None)
+        return None
+
+    def _enter(self, new: MigrationState) -> None:
+        old, self.state = self.state, new
+        if new.phase is old.phase:
+            self.changed("migration.changed")
+            return
+        lasted_s = new.timeline[-1].monotonic_s - old.timeline[-1].monotonic_s
+        self.world.observer.phase_changed("source", old.phase, new.phase, lasted_s)
+        said = {} if new.cause is None else {"cause": new.cause.code, "message": new.cause.message}
+        self.log.info("phase", phase=new.phase.value, after_s=round(lasted_s, 4), **said)
+        if new.blackout_s is not None and old.blackout_s is None:
+            self.world.observer.blackout(new.blackout_s)
+        if new.is_terminal:
+            reason = new.cause.code if new.cause else "none"
+            if new.refusals and new.phase is Phase.REFUSED:
+                reason = new.refusals[0].code
+            self.world.observer.migration_ended("source", new.phase, reason)
+        self.changed("migration.phase")
+
+    # Rounds and decisions ---------------------------------------------------------------------
+
+    def keep(self, kind: str, round_number: int, row: dict[str, object]) -> None:
+        """Keep an observation soon; never waits (a guest may stand still meanwhile)."""
+        if round_number <= KEPT_ROUNDS:
+            self._unkept.append((kind, row))
+
+    async def _keep_observations(self) -> None:
+        """Write observations while the guest runs; the journal is left alone in a switchover."""
+        while True:
+            await asyncio.sleep(KEEP_EVERY_S)
+            if self.state.phase is Phase.PRECOPY:
+                await self._keep_now()
+
+    async def _keep_now(self) -> None:
+        while self._unkept:
+            kind = self._unkept[0][0]
+            rows = []
+            while self._unkept and self._unkept[0][0] == kind:
+                rows.append(self._unkept.popleft()[1])
+            try:
+                await self.world.journal.add_observations(self.id, kind, rows)
+            except JournalError as exc:
+                self.trouble("JournalFailing", exc.message)
+                return
+
+    # Telling others ---------------------------------------------------------------------------
+
+    def changed(self, kind: str, **body: object) -> None:
+        """A visible change: one more generation."""
+        self.generation += 1
+        facts = {"phase": self.state.phase.value, "generation": self.generation, **body}
+        self.resource_version = self.world.stream.publish(
+            kind, facts, vm=self.stored.request.vm, migration_id=self.id
+        )
+
+    def trouble(self, type_: str, message: str) -> None:
+        """A standing condition; said once, kept until settled."""
+        if type_ not in self.troubles:
+            self.troubles[type_] = (message, self.world.clock.wall_s())
+            self.log.warning("trouble", condition=type_, message=message)
+            self.changed("migration.condition", condition=type_, status="True", message=message)
+
+    def settle(self, type_: str) -> None:
+        """The condition is over."""
+        if self.troubles.pop(type_, None) is not None:
+            self.changed("migration.condition", condition=type_, status="False", message="")
+
+
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Cancel a task and wait for it; what it was cancelled out of shows when QEMU is looked at."""
+    if not task.done():
+        task.cancel()
+    await asyncio.wait([task])

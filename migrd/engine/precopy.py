@@ -1,0 +1,322 @@
+"""The precopy step: start QEMU's migration, follow each dirty sync as a round, decide, steer.
+
+    migrate -> [sample ... round -> decide -> act] ... -> pre-switchover   => SWITCHOVER_REACHED
+                                                       -> failed, stalled,
+                                                          deadline, ...   => STEP_FAILED
+
+Who switches over: QEMU is given the downtime limit less the fixed cost and may begin by itself as
+soon as its own figures fit; where ours fit and its do not (it takes the last 100 ms for its
+bandwidth, which is too low right after a pause or under a throttle), it is told our bandwidth.
+
+The guest is never stopped while the destination's migrd does not answer: QEMU's downtime limit
+is then held so low that it goes on precopying.
+
+A restarted daemon begins this step again: it finds QEMU's migration going on and goes on steering.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Final
+
+from migrd.core.convergence import FIXED_COST_S, Decision, Situation, Verdict, decide, estimate
+from migrd.core.facts import QemuStatus, TransferSample
+from migrd.core.handover import DestinationPhase
+from migrd.core.migration import Cause, MigrationEvent
+from migrd.core.phases import Trigger
+from migrd.engine.outgoing import Outgoing
+from migrd.engine.ports import DestinationView
+from migrd.engine.rounds import RoundCounter, record_decision, record_round
+from migrd.errors import MigrdError, PeerError, PeerRefused, VmmDied, VmmRefused
+
+TICK_S: Final = 0.5
+"""Without a round or a change of status the situation is looked at this often."""
+ASK_S: Final = 5.0
+"""Long poll of the destination's side."""
+HOLD_S: Final = 0.001
+"""The downtime limit that keeps QEMU in precopy."""
+AT_ONCE_S: Final = 2000.0
+"""The largest downtime limit QEMU takes."""
+LAST_WORD_S: Final = 5.0
+
+LEFT_PRECOPY: Final = frozenset(
+    {
+        QemuStatus.PRE_SWITCHOVER,
+        QemuStatus.DEVICE,
+        QemuStatus.COMPLETED,
+        QemuStatus.POSTCOPY_DEVICE,
+        QemuStatus.POSTCOPY_ACTIVE,
+        QemuStatus.POSTCOPY_PAUSED,
+    }
+)
+
+
+async def run_precopy(m: Outgoing) -> MigrationEvent:
+    """Carry out RUN_PRECOPY; raises the VmmError family for the runner to translate."""
+    steering = Steering(m)
+    try:
+        async with m.vmm.feed() as feed, steering.watching_destination():
+            await steering.begin()
+            while True:
+                sample = await feed.newer(within_s=TICK_S)
+                event = await steering.look_at(sample)
+                if event is not None:
+                    return event
+    except VmmDied as exc:
+        return await steering.after_death(exc)
+
+
+class Steering:
+    """What one run of the precopy step knows."""
+
+    def __init__(self, m: Outgoing) -> None:
+        self._m = m
+        self._counter = RoundCounter(m.rounds[-1].number if m.rounds else 0)
+        self._destination: DestinationView | None = None
+        self._holding = False
+        self._hastened = False
+        self._last: Decision | None = None
+
+    async def begin(self) -> None:
+        """Issue `migrate`, unless QEMU's migration is already under way (we were restarted)."""
+        m = self._m
+        sample = await m.vmm.sample()
+        m.throttle_percent = sample.throttle_percent or 0
+        if m.resumed and sample.qemu_status is not QemuStatus.NONE:
+            m.log.info("found the migration going on", qemu_status=sample.qemu_status.value)
+            return
+        if m.state.address is None:
+            raise MigrdError("the destination's address is not known", code="no_address")
+        m.resumed = True  # from here on a second run of this step must not issue it again
+        await m.vmm.start_outgoing(m.state.address)
+
+    # Looking --------------------------------------------------------------------------------
+
+    async def look_at(self, sample: TransferSample | None) -> MigrationEvent | None:
+        """One sample (or the passing of time): the event that ends the step, if it is one."""
+        m = self._m
+        now_s = m.world.clock.monotonic_s()
+        if sample is not None:
+            self._note(sample, now_s)
+            ended = self._ended(sample)
+            if ended is not None:
+                return ended
+            for round_ in self._counter.observe(sample):
+                m.estimate = estimate([*m.rounds, round_], m.state.policy)
+                record_round(m, round_)
+        refused = self._refused()
+        if refused is not None:
+            return refused
+        if m.policy_changed.is_set():
+            m.policy_changed.clear()
+            await self._set_limits()
+        return await self._steer(now_s) or self._stalled(now_s)
+
+    def _note(self, sample: TransferSample, now_s: float) -> None:
+        m, before = self._m, self._m.sample
+        moved = sample.transferred_bytes or 0
+        sent = moved - ((before.transferred_bytes or 0) if before else 0)
+        if before is None or sent > 0 or m.moved_at_s is None:
+            m.moved_at_s = now_s
+        if sent > 0:
+            channel = "multifd" if m.stored.request.multifd_channels else "ram"
+            m.world.observer.transferred(m.stored.request.vm, channel, sent)
+        m.sample = sample if sample.total_bytes is not None else _keep_numbers(before, sample)
+
+    def _ended(self, sample: TransferSample) -> MigrationEvent | None:
+        """QEMU has left precopy, one way or the other."""
+        m = self._m
+        if sample.qemu_status in LEFT_PRECOPY:
+            stopped_at_s = sample.stopped_at_s or sample.at_s
+            return m.event(Trigger.SWITCHOVER_REACHED, stopped_at_s=stopped_at_s)
+        if sample.qemu_status is QemuStatus.FAILED:
+            why = sample.error or "QEMU gave no reason"
+            return m.failed("transfer_failed", f"QEMU on {m.world.options.host}: {why}")
+        if sample.qemu_status is QemuStatus.CANCELLED:
+            return m.failed(
+                "cancelled_outside", "somebody else cancelled the migration on QEMU's monitor"
+            )
+        return None
+
+    def _refused(self) -> MigrationEvent | None:
+        view = self._destination
+        if view is None or view.phase is not DestinationPhase.REFUSED:
+            return None
+        why = view.reason or "it gave no reason"
+        return self._m.failed("destination_refused", f"{self._m.peer.name} gave up: {why}")
+
+    def _stalled(self, now_s: float) -> MigrationEvent | None:
+        m = self._m
+        if m.moved_at_s is None or m.sample is None:
+            return None
+        still_s = now_s - m.moved_at_s
+        if still_s < 1.0:
+            m.settle("LinkStalled")
+            return None
+        m.trouble("LinkStalled", f"no byte has moved to {m.peer.name} for a second")
+        if still_s < m.world.options.stall_s:
+            return None
+        return m.failed(
+            "link_stalled",
+            f"no byte moved to {m.peer.name} for {still_s:.0f} s (migration.stall_s)",
+        )
+
+    # Steering -------------------------------------------------------------------------------
+
+    async def _steer(self, now_s: float) -> MigrationEvent | None:
+        m = self._m
+        situation = Situation(
+            rounds=m.rounds,
+            policy=m.state.policy,
+            at_s=now_s,
+            deadline_at_s=m.deadline_at_s,
+            forced=m.state.switchover_forced,
+            postcopy_possible=m.stored.request.may_postcopy,
+            postcopy_started=m.state.mode == "postcopy",
+            throttle_percent=m.throttle_percent,
+        )
+        decision = decide(situation)
+        m.estimate = decision.estimate
+        before, self._last = self._last, decision
+        if before is None or _gist(before) != _gist(decision):
+            record_decision(m, decision)
+        again = before is not None and before.verdict is Verdict.SWITCH_OVER
+        return await self._act(decision, again=again)
+
+    async def _act(self, decision: Decision, *, again: bool) -> MigrationEvent | None:
+        m = self._m
+        match decision.verdict:
+            case Verdict.GIVE_UP:
+                code = "deadline" if decision.reason == "deadline" else "not_converging"
+                return m.failed(code, decision.message)
+            case Verdict.THROTTLE if decision.throttle_percent is not None:
+                await m.vmm.set_throttle(decision.throttle_percent)
+                m.throttle_percent = decision.throttle_percent
+            case Verdict.START_POSTCOPY:
+                await self._start_postcopy()
+            case Verdict.SWITCH_OVER if not self._holding:
+                await self._hasten(decision, again=again)
+            case _:
+                pass
+        return None
+
+    async def _start_postcopy(self) -> None:
+        m = self._m
+        if self._holding:
+            return
+        await m.apply(m.event(Trigger.POSTCOPY_CHOSEN))
+        await m.vmm.start_postcopy()
+
+    async def _hasten(self, decision: Decision, *, again: bool) -> None:
+        """Our figures say that it fits (or a client says so); QEMU has not begun by itself."""
+        m = self._m
+        if decision.reason == "forced":
+            if not self._hastened:
+                await m.vmm.set_limits(downtime_limit_s=AT_ONCE_S)
+                self._hastened = True
+            return
+        bandwidth = decision.estimate.bandwidth_bytes_per_s
+        if again and bandwidth and not self._hastened:
+            self._hastened = True
+            await m.vmm.set_limits(
+                downtime_limit_s=m.state.policy.downtime_limit_s,
+                switchover_bandwidth_bytes_per_s=int(bandwidth),
+            )
+
+    async def _set_limits(self) -> None:
+        """Give QEMU the policy as it is now, or hold it in precopy."""
+        m, policy = self._m, self._m.state.policy
+        limit_s = HOLD_S if self._holding else max(HOLD_S, policy.downtime_limit_s - FIXED_COST_S)
+        if m.state.switchover_forced and not self._holding:
+            limit_s = AT_ONCE_S
+        self._hastened = False
+        with contextlib.suppress(VmmRefused):
+            await m.vmm.set_limits(
+                max_bandwidth_bytes_per_s=policy.max_bandwidth_bytes_per_s,
+                downtime_limit_s=limit_s,
+            )
+
+    # The other side -------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def watching_destination(self) -> AsyncIterator[None]:
+        """Keep the newest view of the destination at hand, and its connection warm."""
+        task = asyncio.create_task(self._ask_destination())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _ask_destination(self) -> None:
+        m, generation = self._m, -1
+        while True:
+            try:
+                view = await m.peer.view(m.id, newer_than=generation, wait_s=ASK_S)
+            except PeerRefused as exc:
+                m.trouble("DestinationUnclear", exc.message)
+                await asyncio.sleep(TICK_S)
+            except PeerError as exc:
+                await self._hold(exc.message)
+                await asyncio.sleep(TICK_S)
+            else:
+                generation, self._destination = view.generation, view
+                await self._let_go()
+
+    async def _hold(self, why: str) -> None:
+        if not self._holding:
+            self._holding = True
+            self._m.trouble("DestinationUnreachable", why)
+            with contextlib.suppress(MigrdError):  # best effort: switchover checks again
+                await self._set_limits()
+
+    async def _let_go(self) -> None:
+        self._m.settle("DestinationUnclear")
+        if self._holding:
+            self._holding = False
+            self._m.settle("DestinationUnreachable")
+            with contextlib.suppress(MigrdError):
+                await self._set_limits()
+
+    async def after_death(self, exc: VmmDied) -> MigrationEvent:
+        """The source process is gone. Only the destination can say whether it has everything."""
+        m = self._m
+        view = await _last_word(m)
+        if view is not None and view.phase is DestinationPhase.REFUSED:
+            from_ = f"{exc.message} while the guest was being copied; the copy was not complete"
+            return m.event(Trigger.GUEST_DIED, cause=_cause(exc, from_))
+        now_s = m.world.clock.monotonic_s()
+        return m.event(Trigger.SWITCHOVER_REACHED, stopped_at_s=now_s)
+
+
+async def _last_word(m: Outgoing) -> DestinationView | None:
+    """The destination's view once it has settled on loaded or refused; None: it did not say."""
+    try:
+        async with asyncio.timeout(LAST_WORD_S):
+            generation = -1
+            while True:
+                view = await m.peer.view(m.id, newer_than=generation, wait_s=1.0)
+                if view.phase not in (DestinationPhase.PREPARING, DestinationPhase.RECEIVING):
+                    return view
+                generation = view.generation
+    except (TimeoutError, PeerError):
+        return None
+
+
+def _gist(decision: Decision) -> tuple[object, ...]:
+    """What makes a decision worth recording again."""
+    return decision.verdict, decision.reason, decision.round_number, decision.throttle_percent
+
+
+def _keep_numbers(before: TransferSample | None, sample: TransferSample) -> TransferSample:
+    """QEMU's numbers vanish at the end: the last ones are kept, the statuses are new."""
+    if before is None:
+        return sample
+    return replace(
+        before, at_s=sample.at_s, qemu_status=sample.qemu_status, run_state=sample.run_state
+    )
+
+
+def _cause(exc: VmmDied, message: str) -> Cause:
+    return Cause(exc.code, message)

@@ -1,0 +1,90 @@
+"""The rest of a postcopy: the guest runs on the destination, part of its memory is still here.
+
+Neither process may be killed until both say `completed`. A broken connection pauses the guest
+wherever it needs a page; it is recovered again and again, with an alarm, for as long as both
+processes live:
+
+    pause both (out of band) -> destination listens again -> source resumes -> postcopy-active
+"""
+
+import asyncio
+import contextlib
+from typing import Final
+
+from migrd.core.facts import QemuStatus, TransferSample
+from migrd.core.migration import Cause, MigrationEvent
+from migrd.core.phases import Trigger
+from migrd.engine.outgoing import Outgoing
+from migrd.errors import MigrdError, PeerError, VmmDied, VmmError
+
+TICK_S: Final = 0.5
+STALL_S: Final = 10.0
+RETRY_S: Final = 2.0
+
+
+async def finish_postcopy(m: Outgoing) -> MigrationEvent | None:
+    """Until both sides are complete (None), or the guest is lost (the event)."""
+    try:
+        await _until_completed(m)
+    except VmmDied as exc:
+        if await _destination_complete(m):
+            return None
+        message = f"{exc.message} while the guest on {m.peer.name} still needed memory from here"
+        return m.event(Trigger.GUEST_DIED, cause=Cause(exc.code, message))
+    return None
+
+
+async def _until_completed(m: Outgoing) -> None:
+    moved_at_s, moved_bytes = m.world.clock.monotonic_s(), -1
+    async with m.vmm.feed() as feed:
+        sample: TransferSample | None = await m.vmm.sample()
+        while True:
+            now_s = m.world.clock.monotonic_s()
+            if sample is not None:
+                _note(m, sample)
+                if (sample.transferred_bytes or 0) != moved_bytes:
+                    moved_at_s, moved_bytes = now_s, sample.transferred_bytes or 0
+                if sample.qemu_status is QemuStatus.COMPLETED:
+                    m.settle("PostcopyPaused")
+                    return
+                paused = sample.qemu_status is QemuStatus.POSTCOPY_PAUSED
+                if paused or now_s - moved_at_s > STALL_S:
+                    await _recover(m, paused=paused)
+                    moved_at_s = m.world.clock.monotonic_s()
+            sample = await feed.newer(within_s=TICK_S)
+            if sample is None:
+                with contextlib.suppress(VmmError):
+                    sample = await m.vmm.sample()
+
+
+def _note(m: Outgoing, sample: TransferSample) -> None:
+    if sample.total_bytes is not None:
+        m.sample = sample
+    if sample.qemu_status is QemuStatus.POSTCOPY_ACTIVE:
+        m.settle("PostcopyPaused")
+
+
+async def _recover(m: Outgoing, *, paused: bool) -> None:
+    """One attempt to mend the connection; what did not work is tried again by the caller."""
+    m.trouble(
+        "PostcopyPaused",
+        f"the connection to {m.peer.name} broke in postcopy: the guest waits for memory that is "
+        "still here; kill nothing on either side",
+    )
+    try:
+        if not paused:
+            await m.vmm.pause_postcopy()
+        address = await m.peer.listen_for_recovery(m.id)
+        await m.vmm.resume_postcopy(address)
+    except VmmDied:
+        raise
+    except MigrdError as exc:
+        m.log.warning("postcopy is not recovered yet", cause=exc.message)
+        await asyncio.sleep(RETRY_S)
+
+
+async def _destination_complete(m: Outgoing) -> bool:
+    """Does the destination have all memory after all?"""
+    with contextlib.suppress(PeerError):
+        return (await m.peer.view(m.id)).transfer_completed
+    return False

@@ -1,0 +1,153 @@
+"""Rolling back: the guest goes on at the source, and is seen to.
+
+Only reached while the destination cannot run the guest: it was never granted, or it has durably
+refused. So whatever QEMU shows, `cont` here is safe; QEMU alone would not protect us.
+
+    look -> (in a migration) cancel, or yank when cancel does not free it -> (paused) cont ->
+    running
+
+The destination is told to discard its copy afterwards, for until the source is seen to run the
+destination's may be the only complete one.
+"""
+
+import asyncio
+import contextlib
+from typing import Final
+
+from migrd.core.facts import QemuStatus, RunState, TransferSample
+from migrd.core.handover import DestinationPhase
+from migrd.core.migration import Cause, MigrationEvent
+from migrd.core.phases import Trigger
+from migrd.engine.outgoing import Outgoing
+from migrd.engine.ports import DestinationView
+from migrd.errors import PeerError, VmmDied, VmmError, VmmRefused, VmmTimedOut
+
+CANCEL_S: Final = 2.0
+"""So long a cancel may take to show before the connection is yanked."""
+YANK_S: Final = 3.0
+DISCARD_S: Final = 2.0
+LOOK_S: Final = 0.1
+RETRY_S: Final = 0.25
+
+IDLE: Final = frozenset(
+    {QemuStatus.NONE, QemuStatus.CANCELLED, QemuStatus.FAILED, QemuStatus.COMPLETED}
+)
+STOPPED: Final = frozenset(
+    {
+        RunState.PAUSED,
+        RunState.POSTMIGRATE,
+        RunState.FINISH_MIGRATE,
+        RunState.PRELAUNCH,
+    }
+)
+
+
+async def roll_back(m: Outgoing) -> MigrationEvent:
+    """Carry out ROLL_BACK."""
+    deadline_s = m.world.options.rollback_deadline_s
+    try:
+        async with asyncio.timeout(deadline_s):
+            return await bring_back(m)
+    except TimeoutError:
+        cause = Cause(
+            "source_unclear",
+            f"the guest could not be seen to run on {m.world.options.host} within {deadline_s:.0f} s "
+            f"of rolling back ({m.state.cause.message if m.state.cause else 'no cause'})",
+        )
+        return m.event(Trigger.OUTCOME_UNKNOWN, cause=cause)
+
+
+async def bring_back(m: Outgoing) -> MigrationEvent:
+    """Until the guest is as it was before the migration, seen; keeps trying."""
+    while True:
+        try:
+            await _stop_transfer(m)
+            await _see_it_run(m)
+            break
+        except VmmDied as exc:
+            return await _after_death(m, exc)
+        except VmmError as exc:
+            m.trouble("SourceUnclear", exc.message)
+            await asyncio.sleep(RETRY_S)
+    m.settle("SourceUnclear")
+    with contextlib.suppress(VmmError):  # leftovers in QEMU do no harm to the guest
+        await m.vmm.clean_outgoing()
+    await _discard(m)
+    trigger = Trigger.CANCEL_COMPLETED if m.state.cancelled else Trigger.SOURCE_KEPT
+    return m.event(trigger, cause=m.state.cause)
+
+
+async def _stop_transfer(m: Outgoing) -> None:
+    """No migration is going on in the source's QEMU afterwards."""
+    if await _is_idle(m):
+        return
+    try:
+        await m.vmm.cancel_transfer()
+        async with asyncio.timeout(CANCEL_S):
+            await _until_idle(m)
+            return
+    except (TimeoutError, VmmTimedOut, VmmRefused):
+        m.log.warning("cancel does not free the guest; cutting the migration's connection")
+    await m.vmm.free_stalled()
+    try:
+        async with asyncio.timeout(YANK_S):
+            await _until_idle(m)
+    except TimeoutError:
+        raise VmmTimedOut("QEMU has not ended the migration after a yank") from None
+
+
+async def _is_idle(m: Outgoing) -> bool:
+    try:
+        return (await m.vmm.sample()).qemu_status in IDLE
+    except VmmTimedOut:
+        return False  # not known: a stalled switchover blocks the monitor, and cancel finds out
+
+
+async def _until_idle(m: Outgoing) -> None:
+    async with m.vmm.feed() as feed:
+        sample: TransferSample | None = None
+        while sample is None or sample.qemu_status not in IDLE:
+            sample = await feed.newer(within_s=LOOK_S)
+            if sample is None:
+                with contextlib.suppress(VmmTimedOut):
+                    sample = await m.vmm.sample()
+
+
+async def _see_it_run(m: Outgoing) -> None:
+    """Seen running (or paused, when it was paused before)."""
+    while True:
+        state = await m.vmm.run_state()
+        if state is RunState.RUNNING:
+            return
+        if not m.state.run_guest and state in STOPPED:
+            return
+        if state in (RunState.SHUTDOWN, RunState.GUEST_PANICKED, RunState.INTERNAL_ERROR):
+            return  # what the guest did to itself is not ours to undo
+        if state in STOPPED:
+            with contextlib.suppress(VmmRefused):  # e.g. a moment too early: look again
+                await m.vmm.run_guest()
+                continue
+        await asyncio.sleep(LOOK_S)
+
+
+async def _discard(m: Outgoing) -> None:
+    """Tell the destination; when it does not hear, it finds out by asking, or by its deadline."""
+    why = m.state.cause.message if m.state.cause else "rolled back"
+    try:
+        async with asyncio.timeout(DISCARD_S):
+            await m.peer.discard(m.id, m.state.epoch, why)
+    except (TimeoutError, PeerError) as exc:
+        m.log.warning("the destination was not told; it will ask", cause=str(exc))
+
+
+async def _after_death(m: Outgoing, exc: VmmDied) -> MigrationEvent:
+    """The source died while it was brought back: does the destination have all of the guest?"""
+    view: DestinationView | None = None
+    if m.state.cause is None or m.state.cause.code != "destination_refused":
+        with contextlib.suppress(PeerError):
+            view = await m.peer.view(m.id)
+    if view is not None and view.phase is DestinationPhase.LOADED:
+        return m.event(Trigger.TRANSFER_COMPLETED, source_died=True)
+    await _discard(m)
+    cause = Cause(exc.code, f"{exc.message} while the migration was being rolled back")
+    return m.event(Trigger.GUEST_DIED, cause=cause)

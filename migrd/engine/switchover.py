@@ -1,0 +1,282 @@
+"""The steps from the stopped guest to the end: switch over, grant, ask, release.
+
+    complete_switchover   migrate-continue; source seen unable to resume, destination loaded
+                                                                    => TRANSFER_COMPLETED
+    obtain_answer         (granted is durable) GRANT, asked until answered  => DESTINATION_RAN /
+    _REFUSED
+    keep_asking           the same without a deadline, while the operator is called
+    release_source        end the source QEMU                        => SOURCE_RELEASED
+
+Between STOP and the destination's RESUME the guest runs nowhere: no sleeping, no polling here
+where an event or a long poll will do.
+
+When is the source unable to resume by itself? In precopy once its QEMU is `completed`. In
+postcopy: its status turns `postcopy-active` before or after the device state is sent, depending on
+the version, so the status alone is no proof. But QEMU's start of postcopy holds the lock that the
+in-band monitor needs; so a status asked for after the destination has been seen loaded, and
+answered, was taken after that start had ended, one way or the other.
+"""
+
+import asyncio
+import contextlib
+from typing import Final
+
+from migrd.core.facts import QemuStatus, RunState, TransferSample
+from migrd.core.handover import DestinationPhase
+from migrd.core.migration import Cause, MigrationEvent, Mode
+from migrd.core.phases import Phase, Trigger
+from migrd.engine.outgoing import Outgoing
+from migrd.engine.ports import DestinationView
+from migrd.engine.recover_postcopy import finish_postcopy
+from migrd.engine.rollback import bring_back
+from migrd.errors import (
+    MigrdError,
+    PeerError,
+    PeerRefused,
+    VmmDied,
+    VmmError,
+    VmmTimedOut,
+)
+
+NEAR_S: Final = 0.25
+ASK_S: Final = 2.0
+FIRST_RETRY_S: Final = 0.02
+LONGEST_RETRY_S: Final = 2.0
+YANKED_S: Final = 5.0
+"""After the yank the source must be seen to have failed within this."""
+DEATH_S: Final = 5.0
+
+
+async def complete_switchover(m: Outgoing) -> MigrationEvent:
+    """Carry out COMPLETE_SWITCHOVER."""
+    deadline_s = m.world.options.switchover_s(m.state.policy.downtime_limit_s)
+    try:
+        async with asyncio.timeout(deadline_s):
+            return await _both_sides_done(m)
+    except VmmDied as exc:
+        return await _after_death(m, exc)
+    except TimeoutError:
+        return await _late(m, deadline_s)
+
+
+async def _both_sides_done(m: Outgoing) -> MigrationEvent:
+    loaded = asyncio.create_task(_destination_loaded(m))
+    try:
+        failed = await _source_done(m)
+        if failed is not None:
+            return failed
+        view = await loaded
+        if view.phase is DestinationPhase.REFUSED:
+            return m.failed("destination_refused", f"{m.peer.name} gave up: {view.reason}")
+        if m.state.mode is Mode.POSTCOPY:
+            failed = await _source_done(m)  # asked anew, after the destination was seen loaded
+            if failed is not None:
+                return failed
+        return m.event(Trigger.TRANSFER_COMPLETED)
+    finally:
+        loaded.cancel()
+        await asyncio.wait([loaded])
+
+
+async def _source_done(m: Outgoing) -> MigrationEvent | None:
+    """Wait until the source's QEMU can no longer resume by itself; an event when it failed."""
+    async with m.vmm.feed() as feed:
+        sample: TransferSample | None = await _ask_source(m)
+        continued = False
+        while True:
+            if sample is not None:
+                if sample.downtime_s is not None:
+                    m.qemu_downtime_s = sample.downtime_s
+                if sample.qemu_status is QemuStatus.PRE_SWITCHOVER and not continued:
+                    continued = True
+                    await _continue(m)
+                done, event = _verdict(m, sample)
+                if done:
+                    return event
+            sample = await feed.newer(within_s=NEAR_S)
+
+
+async def _ask_source(m: Outgoing) -> TransferSample | None:
+    """A fresh look; None when the monitor does not answer (a stalled link blocks it)."""
+    try:
+        return await m.vmm.sample()
+    except VmmTimedOut:
+        return None
+
+
+async def _continue(m: Outgoing) -> None:
+    """migrate-continue; not to know whether it took effect is no reason to stop watching."""
+    with contextlib.suppress(VmmTimedOut):
+        await m.vmm.continue_switchover()
+
+
+def _verdict(m: Outgoing, sample: TransferSample) -> tuple[bool, MigrationEvent | None]:
+    """(is it over, the event if it went wrong)."""
+    status = sample.qemu_status
+    if status is QemuStatus.COMPLETED:
+        return True, None
+    if status in (QemuStatus.POSTCOPY_ACTIVE, QemuStatus.POSTCOPY_PAUSED):
+        return m.state.mode is Mode.POSTCOPY, None
+    if status in (QemuStatus.FAILED, QemuStatus.CANCELLED):
+        why = sample.error or "QEMU gave no reason"
+        return True, m.failed("switchover_failed", f"QEMU on {m.world.options.host}: {why}")
+    return False, None
+
+
+async def _destination_loaded(m: Outgoing) -> DestinationView:
+    """Long poll until the destination has the guest, or has refused it."""
+    generation, pause_s = -1, FIRST_RETRY_S
+    while True:
+        try:
+            view = await m.peer.view(m.id, newer_than=generation, wait_s=ASK_S)
+        except PeerError as exc:
+            m.trouble("DestinationUnreachable", exc.message)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_RETRY_S)
+        else:
+            generation = view.generation
+            m.settle("DestinationUnreachable")
+            if view.phase not in (DestinationPhase.PREPARING, DestinationPhase.RECEIVING):
+                return view
+
+
+async def _late(m: Outgoing, deadline_s: float) -> MigrationEvent:
+    """The deadline of the switchover is over with the guest stopped: get it running again."""
+    message = f"the switchover was not over within {deadline_s:.1f} s"
+    if m.state.mode is Mode.POSTCOPY and await _is_in_postcopy(m):
+        cause = Cause(
+            "destination_silent",
+            f"{message}: the guest has left for {m.peer.name} by postcopy and {m.peer.name} "
+            "does not say that it arrived; nothing may be killed on either side",
+        )
+        return m.event(Trigger.OUTCOME_UNKNOWN, cause=cause)
+    with contextlib.suppress(VmmError):  # whatever it did shows when we look
+        await m.vmm.free_stalled()
+    return m.failed("switchover_timed_out", f"{message}; the connection was cut to free the guest")
+
+
+async def _is_in_postcopy(m: Outgoing) -> bool:
+    """True also when it cannot be told: then nothing may be undone."""
+    try:
+        return (await m.vmm.sample()).qemu_status.is_postcopy
+    except VmmDied:
+        raise
+    except VmmError:
+        return True
+
+
+async def _after_death(m: Outgoing, exc: VmmDied) -> MigrationEvent:
+    """The source process is proven dead; the destination may hold all of the guest."""
+    try:
+        async with asyncio.timeout(DEATH_S):
+            view = await _destination_loaded(m)
+    except TimeoutError:
+        cause = Cause(
+            exc.code,
+            f"{exc.message} during the switchover, and {m.peer.name} does not say whether it has "
+            "all of the guest; it will be asked on",
+        )
+        return m.event(Trigger.OUTCOME_UNKNOWN, cause=cause)
+    if view.phase is DestinationPhase.REFUSED:
+        return m.event(Trigger.GUEST_DIED, cause=Cause(exc.code, f"{exc.message} in switchover"))
+    m.log.warning("the source died, the destination has all of the guest", cause=exc.message)
+    return m.event(Trigger.TRANSFER_COMPLETED, source_died=True)
+
+
+# Granted ------------------------------------------------------------------------------------------
+
+
+async def obtain_answer(m: Outgoing) -> MigrationEvent:
+    """Carry out OBTAIN_ANSWER: GRANT until answered, or call the operator."""
+    deadline_s = m.world.options.grant_deadline_s
+    try:
+        async with asyncio.timeout(deadline_s):
+            return await _ask_until_answered(m)
+    except TimeoutError:
+        trouble = m.troubles.get("DestinationUnreachable")
+        why = f": {trouble[0]}" if trouble else ""
+        cause = Cause(
+            "grant_unanswered",
+            f"{m.peer.name} has not answered GRANT for {deadline_s:.0f} s{why}; the guest may run "
+            "there, so it stays stopped here",
+        )
+        return m.event(Trigger.OUTCOME_UNKNOWN, cause=cause)
+
+
+async def keep_asking(m: Outgoing) -> MigrationEvent:
+    """Carry out KEEP_ASKING: what would settle it is asked for without end."""
+    if m.state.granted:
+        return await _ask_until_answered(m, died_is_unknown=False)
+    if m.state.undoing:
+        return await bring_back(m)
+    view = await _destination_loaded(m)
+    if view.phase is DestinationPhase.REFUSED:
+        return m.event(Trigger.GUEST_DIED, cause=m.state.cause)
+    return m.event(Trigger.TRANSFER_COMPLETED, source_died=m.vmm.is_dead)
+
+
+async def _ask_until_answered(m: Outgoing, *, died_is_unknown: bool = True) -> MigrationEvent:
+    pause_s = FIRST_RETRY_S
+    while True:
+        event = await _grant_once(m, died_is_unknown)
+        if event is not None:
+            return event
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_RETRY_S)
+
+
+async def _grant_once(m: Outgoing, died_is_unknown: bool) -> MigrationEvent | None:
+    """One GRANT; None when the answer settles nothing."""
+    try:
+        view = await m.peer.grant(m.id, m.state.epoch, run_guest=m.state.run_guest)
+    except PeerRefused as exc:
+        m.trouble("DestinationUnclear", f"{m.peer.name}: {exc.message}")
+        return None
+    except PeerError as exc:
+        m.trouble("DestinationUnreachable", exc.message)
+        return None
+    m.settle("DestinationUnreachable")
+    m.settle("DestinationUnclear")
+    now_s = m.world.clock.monotonic_s()
+    if view.phase is DestinationPhase.RUNNING:
+        return m.event(Trigger.DESTINATION_RAN, resumed_at_s=now_s)
+    if view.phase is DestinationPhase.REFUSED:
+        cause = Cause("destination_refused", f"{m.peer.name} refused: {view.reason}")
+        trigger = Trigger.GUEST_DIED if m.state.source_died else Trigger.DESTINATION_REFUSED
+        return m.event(trigger, cause=cause)
+    if view.vmm_died and died_is_unknown:
+        cause = Cause(
+            "destination_died_starting",
+            f"the QEMU on {m.peer.name} died while it was being started ({view.reason}): nobody "
+            "can know whether the guest ran there; the copy here is kept, stopped",
+        )
+        return m.event(Trigger.OUTCOME_UNKNOWN, cause=cause)
+    return None
+
+
+# Completing ---------------------------------------------------------------------------------------
+
+
+async def release_source(m: Outgoing) -> MigrationEvent:
+    """Carry out RELEASE_SOURCE: the guest runs on the destination, this copy is dead data."""
+    if m.state.mode is Mode.POSTCOPY:
+        event = await finish_postcopy(m)
+        if event is not None:
+            return event
+    if not m.vmm.is_dead:
+        await _check_not_running(m)
+        async with asyncio.timeout(m.world.options.release_deadline_s):
+            await m.vmm.quit()
+    return m.event(Trigger.SOURCE_RELEASED)
+
+
+async def _check_not_running(m: Outgoing) -> None:
+    """Two running copies would be the failure migrd exists to prevent: never pass over it."""
+    sample = m.sample
+    with contextlib.suppress(MigrdError):
+        sample = await m.vmm.sample()
+    running = sample is not None and sample.run_state is RunState.RUNNING
+    if running and m.state.run_guest and m.state.phase is Phase.COMPLETING:
+        m.world.observer.ownership_violation()
+        m.trouble("OwnershipViolation", "the source's guest was running after the grant")
+        m.log.error("the source ran after the grant", run_state=RunState.RUNNING.value)

@@ -1,0 +1,63 @@
+"""Everything the engine's tasks share: settings, ports, the event stream, and who watches."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from migrd.core.facts import Round
+from migrd.engine.options import EngineOptions
+from migrd.engine.ports import Clock, Journal, Launcher, Peer, SystemClock
+from migrd.engine.stream import Stream
+
+
+class Observer(Protocol):
+    """Who counts (the metrics). Never blocks, never raises."""
+
+    def phase_changed(
+        self, role: str, phase_from: str, phase_to: str, duration_s: float
+    ) -> None: ...
+
+    def migration_ended(self, role: str, outcome: str, reason: str) -> None: ...
+
+    def blackout(self, blackout_s: float) -> None: ...
+
+    def round_recorded(self, vm: str, round_: Round) -> None: ...
+
+    def transferred(self, vm: str, channel: str, bytes_delta: int) -> None: ...
+
+    def peer_checked(self, name: str, up: bool) -> None: ...
+
+    def ownership_violation(self) -> None: ...
+
+
+class NobodyWatches:
+    """An Observer that counts nothing."""
+
+    def phase_changed(
+        self, role: str, phase_from: str, phase_to: str, duration_s: float
+    ) -> None: ...
+
+    def migration_ended(self, role: str, outcome: str, reason: str) -> None: ...
+
+    def blackout(self, blackout_s: float) -> None: ...
+
+    def round_recorded(self, vm: str, round_: Round) -> None: ...
+
+    def transferred(self, vm: str, channel: str, bytes_delta: int) -> None: ...
+
+    def peer_checked(self, name: str, up: bool) -> None: ...
+
+    def ownership_violation(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class World:
+    """What a migration's task may reach."""
+
+    options: EngineOptions
+    journal: Journal
+    launcher: Launcher
+    peers: Mapping[str, Peer]
+    stream: Stream
+    clock: Clock = field(default_factory=SystemClock)
+    observer: Observer = field(default_factory=NobodyWatches)
