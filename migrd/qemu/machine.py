@@ -1,0 +1,342 @@
+"""A running QEMU, as the engine's Vmm: facts, verbs, and the feed of a migration.
+
+    in-band monitor   everything that may wait its turn; reconnects by itself
+    second monitor    the out-of-band lane (`yank`, `migrate-pause`, `migrate-recover`): nothing
+                      else is ever sent there, so it answers while the first is blocked. A QEMU
+                      that has one monitor only (adopted) gets them out of band on that one.
+    process           the pid held by a pidfd: the only proof of death there is
+
+What the errors prove is told in `migrd.qemu.wire`. In addition each call that could not be answered
+looks whether the process has just died, and then raises VmmDied, the one certain bad answer.
+
+Traps (seen on real QEMU): `cont` on a source in `postmigrate` is accepted, so the engine's journal
+has to forbid it. `migrate` to nobody is accepted and fails a moment later. A destination takes one
+`migrate-incoming` in its life. A stalled link in status `device` blocks everything in band. The
+in-band `stop` of a postcopy destination can hang while a vCPU waits for a page.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from migrd.core.facts import (
+    Feature,
+    RunState,
+    TransferAddress,
+    TransferSample,
+    TransferSettings,
+    VmFacts,
+)
+from migrd.engine.ports import TlsIdentity
+from migrd.errors import VmmDied, VmmError, VmmRefused, VmmTimedOut, VmmUnreachable
+from migrd.qemu import migration, samples
+from migrd.qemu.feed import QemuFeed
+from migrd.qemu.monitor import Monitor
+from migrd.qemu.preparation import prepare, take_back
+from migrd.qemu.process import Attachment
+from migrd.qemu.qmp import DEFAULT_DEADLINE_S, CallObserver
+from migrd.qemu.schema import QmpSchema, read_schema
+from migrd.qemu.wire import Arguments, CommandRefused, NotSent, QmpEvent, json_object
+
+RUN_STATE_DEADLINE_S: Final = 10.0
+"""`cont`, `stop` and `migrate-continue` move device states: as long as the slowest device takes."""
+DEATH_FOLLOWS_S: Final = 0.25
+"""The socket of a dying QEMU closes a little before its process can be seen dead."""
+QUIT_GRACE_S: Final = 3.0
+KILL_GRACE_S: Final = 5.0
+RECONNECT_WAIT_S: Final = 1.0
+UNANSWERED_LIMIT: Final = 3
+"""So many commands without an answer mean that the monitor is blocked."""
+YANK_MIGRATION: Final[Arguments] = {"instances": [{"type": "migration"}]}
+
+log = logging.getLogger(__name__)
+
+
+class Machine:
+    """Fulfils `migrd.engine.ports.Vmm` for one QEMU process. `start` it, and `close` it.
+
+    Owns nothing of the attachment: whoever made it closes its process watch, and removes files.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        *,
+        call_deadline_s: float = DEFAULT_DEADLINE_S,
+        observe: CallObserver | None = None,
+    ) -> None:
+        self._vm = attachment.vm
+        self._instance = attachment.instance
+        self._process = attachment.process
+        self._call_deadline_s = call_deadline_s
+        self.monitor = Monitor(attachment.qmp_path, observe=observe, on_event=self._take_event)
+        oob_path = attachment.oob_path
+        self.oob = Monitor(oob_path, observe=observe) if oob_path is not None else None
+        self._schema: tuple[int, QmpSchema] | None = None
+        self._machine_type: str | None = None
+        self._feeds: set[QemuFeed] = set()
+        self._stopped_at_s: float | None = None
+        self._resumed_at_s: float | None = None
+
+    # Life
+
+    def start(self) -> None:
+        """Begin to connect both monitors."""
+        self.monitor.start()
+        if self.oob is not None:
+            self.oob.start()
+
+    async def close(self) -> None:
+        """Disconnect. The process goes on."""
+        await self.monitor.close()
+        if self.oob is not None:
+            await self.oob.close()
+
+    async def wait_connected(self, *, within_s: float) -> None:
+        """Return once the in-band monitor is connected. Raises VmmUnreachable, VmmDied."""
+        try:
+            await self.monitor.wait_connected(within_s=within_s)
+        except VmmUnreachable as failure:
+            await self._raise_if_dead(failure)
+            raise
+
+    @property
+    def vm(self) -> str:
+        return self._vm
+
+    @property
+    def instance(self) -> str:
+        return self._instance
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    @property
+    def is_dead(self) -> bool:
+        return self._process.is_dead
+
+    @property
+    def is_reachable(self) -> bool:
+        return self.monitor.is_connected
+
+    # Facts
+
+    async def facts(self) -> VmFacts:
+        schema = await self.schema()
+        status, migrate, memory, *peripherals = await asyncio.gather(
+            self._ask("query-status"),
+            self._ask("query-migrate"),
+            self._ask("query-memory-size-summary"),
+            self._ask("qom-list", {"path": "/machine/peripheral"}),
+            self._ask("qom-list", {"path": "/machine/peripheral-anon"}),
+        )
+        return VmFacts(
+            vm=self._vm,
+            run_state=RunState.of(json_object(status).get("status")),
+            qemu_status=samples.read_status(migrate),
+            qemu_version=samples.read_version(self.monitor.greeting),
+            machine_type=self._machine_type,
+            memory_bytes=samples.read_memory_bytes(memory),
+            features=self._usable(schema.features),
+            passthrough_devices=samples.read_passthrough(*peripherals),
+            blocked_reasons=samples.read_blocked_reasons(migrate),
+            pid=self.pid,
+        )
+
+    async def schema(self) -> QmpSchema:
+        """What this QEMU offers; asked once per connection (behind it may be another QEMU)."""
+        connections = self.monitor.state.connections
+        if self._schema is None or self._schema[0] != connections:
+            answer = await self._ask("query-qmp-schema", deadline_s=2 * self._call_deadline_s)
+            with contextlib.suppress(CommandRefused):
+                kind = await self._ask("qom-get", {"path": "/machine", "property": "type"})
+                self._machine_type = samples.read_machine_type(kind)
+            self._schema = (connections, read_schema(answer))
+        return self._schema[1]
+
+    async def sample(self) -> TransferSample:
+        migrate, status = await asyncio.gather(
+            self._ask("query-migrate"), self._ask("query-status")
+        )
+        return samples.read_sample(
+            migrate,
+            status,
+            at_s=time.monotonic(),
+            stopped_at_s=self._stopped_at_s,
+            resumed_at_s=self._resumed_at_s,
+        )
+
+    @contextlib.asynccontextmanager
+    async def feed(self) -> AsyncIterator[QemuFeed]:
+        feed = QemuFeed(self._sample_unless_blocked, self._wait_dead)
+        self._feeds.add(feed)
+        task = asyncio.create_task(feed.run(), name=f"feed {self._vm}")
+        try:
+            yield feed
+        finally:
+            self._feeds.discard(feed)
+            task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled() and (bug := task.exception()) is not None:
+                log.error("the feed of %s had stopped by a bug", self._vm, exc_info=bug)
+
+    # A migration away
+
+    async def prepare_outgoing(self, settings: TransferSettings, tls: TlsIdentity | None) -> None:
+        await prepare(self._ask, await self.schema(), settings, tls, is_outgoing=True)
+
+    async def start_outgoing(self, address: TransferAddress) -> None:
+        uri = migration.tcp_uri(address)
+        self._stopped_at_s = self._resumed_at_s = None  # from here: of this migration
+        await self._ask("migrate", {"uri": uri}, deadline_s=2 * self._call_deadline_s)
+
+    async def clean_outgoing(self) -> None:
+        await take_back(self._ask, await self.schema())
+
+    async def prepare_incoming(
+        self, settings: TransferSettings, tls: TlsIdentity | None, listen_host: str
+    ) -> TransferAddress:
+        port = samples.read_port(await self._ask("query-migrate"))
+        if port is None:  # else it listens already, and the answer to that was lost
+            schema = await self.schema()
+            await prepare(self._ask, schema, settings, tls, is_outgoing=False)
+            uri = migration.tcp_uri(TransferAddress(listen_host, 0))
+            arguments: dict[str, object] = {"uri": uri}
+            if Feature.INCOMING_EXIT_ON_ERROR in schema.features:
+                arguments["exit-on-error"] = False  # stay, and say why it failed
+            await self._ask("migrate-incoming", arguments)
+            port = await self._listening_port()
+        return TransferAddress(listen_host, port)
+
+    async def set_limits(
+        self,
+        *,
+        max_bandwidth_bytes_per_s: int | None = None,
+        downtime_limit_s: float | None = None,
+        switchover_bandwidth_bytes_per_s: int | None = None,
+    ) -> None:
+        chosen: dict[str, object] = {}
+        if max_bandwidth_bytes_per_s is not None:
+            chosen["max-bandwidth"] = max_bandwidth_bytes_per_s
+        if downtime_limit_s is not None:
+            chosen["downtime-limit"] = migration.milliseconds(downtime_limit_s)
+        schema = await self.schema()
+        if (
+            switchover_bandwidth_bytes_per_s is not None
+            and Feature.AVAIL_SWITCHOVER_BANDWIDTH in schema.features
+        ):
+            chosen["avail-switchover-bandwidth"] = switchover_bandwidth_bytes_per_s
+        if chosen:
+            await self._ask("migrate-set-parameters", chosen)
+
+    async def set_throttle(self, percent: int) -> None:
+        await self._ask("migrate-set-parameters", migration.throttle_parameters(percent))
+
+    async def start_postcopy(self) -> None:
+        await self._ask("migrate-start-postcopy")
+
+    async def continue_switchover(self) -> None:
+        await self._ask("migrate-continue", {"state": "pre-switchover"})
+
+    async def cancel_transfer(self) -> None:
+        await self._ask("migrate_cancel")
+
+    async def free_stalled(self) -> None:
+        await self._ask_oob("yank", YANK_MIGRATION)
+
+    async def pause_postcopy(self) -> None:
+        await self._ask_oob("migrate-pause")
+
+    async def listen_for_recovery(self, listen_host: str) -> TransferAddress:
+        uri = migration.tcp_uri(TransferAddress(listen_host, 0))
+        await self._ask_oob("migrate-recover", {"uri": uri})
+        return TransferAddress(listen_host, await self._listening_port())
+
+    async def resume_postcopy(self, address: TransferAddress) -> None:
+        arguments = {"uri": migration.tcp_uri(address), "resume": True}
+        await self._ask("migrate", arguments, deadline_s=2 * self._call_deadline_s)
+
+    # The guest and the process
+
+    async def run_guest(self) -> None:
+        await self._ask("cont", deadline_s=RUN_STATE_DEADLINE_S)
+
+    async def pause_guest(self) -> None:
+        await self._ask("stop", deadline_s=RUN_STATE_DEADLINE_S)
+
+    async def quit(self) -> None:
+        if self.monitor.is_connected:
+            with contextlib.suppress(VmmError):
+                await self._ask("quit")
+                await self._process.wait_dead(within_s=QUIT_GRACE_S)
+        if self._process.is_dead:
+            return
+        self._process.kill()
+        if not await self._process.wait_dead(within_s=KILL_GRACE_S):
+            raise VmmTimedOut(f"QEMU of {self._vm} was not seen to exit (pid {self.pid})")
+
+    # Inside
+
+    async def _ask(
+        self, command: str, arguments: Arguments | None = None, *, deadline_s: float | None = None
+    ) -> Any:
+        limit_s = self._call_deadline_s if deadline_s is None else deadline_s
+        try:
+            return await self.monitor.execute(command, arguments, deadline_s=limit_s)
+        except (VmmUnreachable, VmmTimedOut) as failure:
+            await self._raise_if_dead(failure)
+            raise
+
+    async def _ask_oob(self, command: str, arguments: Arguments | None = None) -> Any:
+        has_lane = self.oob is not None and self.oob.is_connected and self.oob.has_oob
+        lane = self.oob if self.oob is not None and has_lane else self.monitor
+        try:
+            return await lane.execute_oob(command, arguments, deadline_s=self._call_deadline_s)
+        except (VmmUnreachable, VmmTimedOut) as failure:
+            await self._raise_if_dead(failure)
+            raise
+
+    async def _sample_unless_blocked(self) -> TransferSample:
+        """For the feed: waits for the connection, and does not pile questions on a blocked one."""
+        await self.wait_connected(within_s=RECONNECT_WAIT_S)
+        if self.monitor.unanswered >= UNANSWERED_LIMIT:
+            raise NotSent(f"{self._vm}: {self.monitor.unanswered} commands are unanswered")
+        return await self.sample()
+
+    async def _listening_port(self) -> int:
+        port = samples.read_port(await self._ask("query-migrate"))
+        if port is None:
+            raise VmmRefused(f"QEMU of {self._vm} does not say where it listens", code="no_port")
+        return port
+
+    def _usable(self, offered: frozenset[Feature]) -> frozenset[Feature]:
+        """Without an out-of-band lane `yank` cannot be used when it is needed."""
+        lanes = [self.monitor] if self.oob is None else [self.monitor, self.oob]
+        has_lane = any(lane.has_oob for lane in lanes)
+        return offered if has_lane else offered - {Feature.OOB, Feature.YANK}
+
+    def _take_event(self, event: QmpEvent) -> None:
+        if event.name == "STOP":
+            self._stopped_at_s = event.received_s
+        elif event.name == "RESUME":
+            self._resumed_at_s = event.received_s
+        for feed in self._feeds:
+            feed.take_event(event)
+
+    async def _raise_if_dead(self, failure: VmmError) -> None:
+        may_be_dying = isinstance(failure, VmmUnreachable)
+        within_s = DEATH_FOLLOWS_S if may_be_dying else 0.0
+        if self._process.is_dead or await self._process.wait_dead(within_s=within_s):
+            raise self._death() from failure
+
+    async def _wait_dead(self) -> None:
+        while not await self._process.wait_dead(within_s=60.0):
+            pass
+        raise self._death()
+
+    def _death(self) -> VmmDied:
+        return VmmDied(f"QEMU of {self._vm} is dead (pid {self.pid})")
