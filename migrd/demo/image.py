@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from migrd.demo.errors import ImageError
+
 PAGE_BYTES = 4096
 CODE_ADDRESS = 0x8000
 ROM_BYTES = 64 * 1024
@@ -41,10 +43,6 @@ _MAGIC = b"MIGRDPR2"
 _PIT_HZ = 1193182
 _MOST_TICKS_PER_S = 1000
 _FEWEST_TICKS_PER_S = 19  # the PIT divides by 65536 at most
-
-
-class ImageError(Exception):
-    """The guest cannot be built: a parameter is out of range, or binutils are missing."""
 
 
 class Pattern(StrEnum):
