@@ -300,7 +300,7 @@ class Outgoing:
     def _vm_after(self, event: MigrationEvent) -> StoredVm | None:
         """What the event makes of this host's VM; written in the same transaction."""
         state = self.state
-        if event.trigger is Trigger.TRANSFER_COMPLETED:
+        if event.trigger in (Trigger.PREFLIGHT_PASSED, Trigger.TRANSFER_COMPLETED):
             return StoredVm(self.stored.spec, state.epoch, here=True, instance=self.vmm.instance)
         if event.trigger is Trigger.SOURCE_RELEASED:
             return StoredVm(self.stored.spec, state.epoch, here=False, instance=None)

@@ -234,6 +234,9 @@ class Peer(Protocol):
     @property
     def name(self) -> str: ...
 
+    async def hello(self) -> str:
+        """Its migrd's version: the sign of life that is asked for every few seconds."""
+
     async def preflight(self, vm: VmSpec) -> HostProfile: ...
 
     async def prepare(

@@ -51,8 +51,8 @@ async def roll_back(m: Outgoing) -> MigrationEvent:
     except TimeoutError:
         cause = Cause(
             "source_unclear",
-            f"the guest could not be seen to run on {m.world.options.host} within {deadline_s:.0f} s "
-            f"of rolling back ({m.state.cause.message if m.state.cause else 'no cause'})",
+            f"the guest could not be seen to run on {m.world.options.host} within "
+            f"{deadline_s:.0f} s of rolling back ({_why(m)})",
         )
         return m.event(Trigger.OUTCOME_UNKNOWN, cause=cause)
 
@@ -132,10 +132,9 @@ async def _see_it_run(m: Outgoing) -> None:
 
 async def _discard(m: Outgoing) -> None:
     """Tell the destination; when it does not hear, it finds out by asking, or by its deadline."""
-    why = m.state.cause.message if m.state.cause else "rolled back"
     try:
         async with asyncio.timeout(DISCARD_S):
-            await m.peer.discard(m.id, m.state.epoch, why)
+            await m.peer.discard(m.id, m.state.epoch, _why(m))
     except (TimeoutError, PeerError) as exc:
         m.log.warning("the destination was not told; it will ask", cause=str(exc))
 
@@ -151,3 +150,7 @@ async def _after_death(m: Outgoing, exc: VmmDied) -> MigrationEvent:
     await _discard(m)
     cause = Cause(exc.code, f"{exc.message} while the migration was being rolled back")
     return m.event(Trigger.GUEST_DIED, cause=cause)
+
+
+def _why(m: Outgoing) -> str:
+    return m.state.cause.message if m.state.cause else "cancelled" if m.state.cancelled else "?"

@@ -69,7 +69,7 @@ async def _both_sides_done(m: Outgoing) -> MigrationEvent:
         if view.phase is DestinationPhase.REFUSED:
             return m.failed("destination_refused", f"{m.peer.name} gave up: {view.reason}")
         if m.state.mode is Mode.POSTCOPY:
-            failed = await _source_done(m)  # asked anew, after the destination was seen loaded
+            failed = await _source_done(m, fresh=True)  # rule 4 of the handover
             if failed is not None:
                 return failed
         return m.event(Trigger.TRANSFER_COMPLETED)
@@ -78,10 +78,15 @@ async def _both_sides_done(m: Outgoing) -> MigrationEvent:
         await asyncio.wait([loaded])
 
 
-async def _source_done(m: Outgoing) -> MigrationEvent | None:
-    """Wait until the source's QEMU can no longer resume by itself; an event when it failed."""
+async def _source_done(m: Outgoing, *, fresh: bool = False) -> MigrationEvent | None:
+    """Wait until the source's QEMU can no longer resume by itself; an event when it failed.
+
+    The sample that ended precopy will do to go on with (the guest stands still), unless `fresh`.
+    """
     async with m.vmm.feed() as feed:
-        sample: TransferSample | None = await _ask_source(m)
+        sample = None if fresh else m.sample
+        if sample is None or sample.qemu_status is not QemuStatus.PRE_SWITCHOVER:
+            sample = await _ask_source(m)
         continued = False
         while True:
             if sample is not None:

@@ -1,0 +1,420 @@
+"""The destination's side of one migration, and the one task that owns it.
+
+    prepare -> launch -> receiving -> loaded -> (GRANT) owned, starting -> cont -> running
+                   any time before starting:   -> refused, and the copy is discarded
+
+The guest here runs by GRANT alone. GRANT_RECEIVED and START_ORDERED are journalled in one
+transaction before `cont`; GUEST_RAN before the source is told. GUEST_LOADED is an observation, and
+saved together with them.
+
+After START_ORDERED this side may not refuse: if QEMU dies then, nobody can know whether the guest
+ran, and the view says so (`vmm_died`). In postcopy it does not refuse by time-out either.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any, Final
+
+import structlog
+
+from migrd.core.facts import QemuStatus, RunState, TransferAddress, TransferSample
+from migrd.core.handover import (
+    DestinationEvent,
+    DestinationPhase,
+    DestinationState,
+    DestinationTrigger,
+    advance_destination,
+)
+from migrd.core.migration import Mode
+from migrd.core.phases import TERMINAL, IllegalTransition, Phase
+from migrd.engine.ports import DestinationView, Peer, StoredIncoming, StoredVm, Vmm
+from migrd.engine.world import World
+from migrd.errors import (
+    Conflict,
+    JournalError,
+    MigrdError,
+    PeerError,
+    PeerRefused,
+    VmmDied,
+    VmmError,
+    VmmRefused,
+    VmmTimedOut,
+)
+
+log = structlog.get_logger(__name__)
+
+TICK_S: Final = 0.5
+RETRY_S: Final = 0.25
+STARTED: Final = frozenset({DestinationPhase.STARTING, DestinationPhase.RUNNING})
+ENDED_THERE: Final = frozenset(phase.value for phase in TERMINAL - {Phase.SUCCEEDED})
+
+
+class Incoming:
+    """The destination's side of one migration."""
+
+    def __init__(
+        self, world: World, stored: StoredIncoming, state: DestinationState, source: Peer | None
+    ) -> None:
+        self.world = world
+        self.stored = stored
+        self.state = state
+        self.source = source
+        self.vmm: Vmm | None = None
+        self.sample: TransferSample | None = None
+        self.generation = 1
+        self.resource_version = 0
+        self.entered: list[tuple[DestinationPhase, float, float]] = [
+            (state.phase, stored.created_wall_s, world.clock.monotonic_s())
+        ]
+        self.vmm_died = False
+        self.guest_running = False
+        self.transfer_completed = False
+        self.note: str | None = None
+        """What keeps it from going on, in words."""
+        self.on_running: Callable[[Incoming], None] = lambda _: None
+        self._run_guest = state.run_guest
+        self._granted = asyncio.Event()
+        self._wanted_refusal: str | None = None
+        self._newer = asyncio.Event()
+        self._poke = asyncio.Event()
+        self._unsaved: list[DestinationEvent] = []
+        self._heard_at_s = world.clock.monotonic_s()
+        self.log = log.bind(vm=stored.spec.name, migration_id=stored.id)
+
+    @property
+    def id(self) -> str:
+        return self.stored.id
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is left to be done for it."""
+        if self.state.phase is DestinationPhase.REFUSED:
+            return True
+        if self.state.phase is DestinationPhase.RUNNING:
+            return self.state.mode is Mode.PRECOPY or self.transfer_completed or self.vmm_died
+        # dead while starting: an operator's word to the source is what ends the migration
+        return self.state.phase is DestinationPhase.STARTING and self.vmm_died
+
+    def view(self) -> DestinationView:
+        """What the source is told."""
+        return DestinationView(
+            migration_id=self.id,
+            epoch=self.state.epoch,
+            phase=self.state.phase,
+            generation=self.generation,
+            address=self.state.address,
+            reason=self.state.reason or self.note,
+            vmm_died=self.vmm_died,
+            transfer_completed=self.transfer_completed,
+            guest_running=self.guest_running,
+        )
+
+    async def wait_newer(self, generation: int, within_s: float) -> DestinationView:
+        """The view, as soon as its generation exceeds the one given or time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self.generation <= generation:
+                    await self._newer.wait()
+        return self.view()
+
+    # Messages from the source -------------------------------------------------------------
+
+    def heard(self) -> None:
+        """The source has spoken: it is there, and has not given this migration up."""
+        self._heard_at_s = self.world.clock.monotonic_s()
+
+    def grant(self, run_guest: bool) -> None:
+        """GRANT has come. Raises Conflict before the guest is loaded."""
+        if self.state.phase in (DestinationPhase.PREPARING, DestinationPhase.RECEIVING):
+            raise Conflict(
+                f"migration {self.id} is {self.state.phase.value} here: nothing to run yet",
+                code="not_loaded",
+            )
+        self._run_guest = run_guest
+        self._granted.set()
+        self._poke.set()
+
+    def want_refusal(self, reason: str) -> None:
+        """Refuse as soon as possible, if it still may be."""
+        self._wanted_refusal = reason
+        self._poke.set()
+
+    # The owner task ---------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until it is over. Cancelled at shutdown: the journal and QEMU stay as they are."""
+        while not self.is_over:
+            try:
+                await self._step()
+            except JournalError as exc:
+                self.log.error("the journal cannot be written", cause=exc.message)
+                await asyncio.sleep(RETRY_S)
+            except VmmDied as exc:
+                await self._on_death(exc)
+            except MigrdError as exc:
+                self.log.warning("a step did not work", cause=exc.message)
+                await self._on_failure(exc.message)
+            except TimeoutError:
+                await self._on_failure(f"{self.state.phase.value} took too long")
+            except IllegalTransition as exc:
+                self.log.error("an event has no place", exc_info=exc)
+                await asyncio.sleep(RETRY_S)
+            except Exception as exc:
+                self.log.error("a step broke", exc_info=exc)
+                await self._on_failure(f"{type(exc).__name__}: {exc}")
+        if self.state.phase is DestinationPhase.REFUSED:
+            await self._discard_copy()
+
+    async def _step(self) -> None:
+        if self._wanted_refusal is not None and self.state.may_refuse:
+            await self._refuse(self._wanted_refusal)
+            return
+        match self.state.phase:
+            case DestinationPhase.PREPARING:
+                await self._prepare()
+            case DestinationPhase.RECEIVING:
+                await self._receive()
+            case DestinationPhase.LOADED:
+                await self._await_grant()
+            case DestinationPhase.OWNED:
+                await self._apply(DestinationTrigger.START_ORDERED)
+            case DestinationPhase.STARTING:
+                await self._start_guest()
+            case DestinationPhase.RUNNING:
+                await self._await_rest()
+            case DestinationPhase.REFUSED:
+                pass
+
+    async def _prepare(self) -> None:
+        world, stored = self.world, self.stored
+        async with asyncio.timeout(world.options.prepare_deadline_s):
+            if self.vmm is None:
+                self.vmm = await world.launcher.launch(stored.spec, stored.instance, incoming=True)
+            address = await self.vmm.prepare_incoming(
+                stored.settings, world.options.tls, world.options.listen_host
+            )
+        await self._apply(DestinationTrigger.INCOMING_READY, address=address)
+
+    async def _receive(self) -> None:
+        vmm = self._living()
+        async with vmm.feed() as feed:
+            sample: TransferSample | None = await vmm.sample()
+            while True:
+                if sample is not None and await self._received(sample):
+                    return
+                if self._wanted_refusal is not None or await self._given_up("receiving"):
+                    return
+                sample = await self._next_sample(feed.newer(within_s=TICK_S))
+
+    async def _received(self, sample: TransferSample) -> bool:
+        moved = self.sample is None or sample.transferred_bytes != self.sample.transferred_bytes
+        if moved:
+            self.heard()
+        self.sample = sample
+        status = sample.qemu_status
+        if status is QemuStatus.COMPLETED and sample.run_state is not RunState.INMIGRATE:
+            await self._apply(DestinationTrigger.GUEST_LOADED, mode=Mode.PRECOPY)
+            return True
+        if status is QemuStatus.POSTCOPY_ACTIVE:
+            await self._apply(DestinationTrigger.GUEST_LOADED, mode=Mode.POSTCOPY)
+            return True
+        if status in (QemuStatus.FAILED, QemuStatus.CANCELLED):
+            await self._refuse(f"QEMU: {sample.error or 'the stream broke'}")
+            return True
+        return False
+
+    async def _next_sample(self, newer: Any) -> TransferSample | None:
+        """The next sample, or None early when somebody pokes."""
+        look = asyncio.ensure_future(newer)
+        poke = asyncio.ensure_future(self._poke.wait())
+        try:
+            await asyncio.wait({look, poke}, return_when=asyncio.FIRST_COMPLETED)
+            self._poke.clear()
+            return look.result() if look.done() else None
+        finally:
+            for task in (look, poke):
+                task.cancel()
+            await asyncio.wait({look, poke})
+
+    async def _await_grant(self) -> None:
+        vmm = self._living()
+        async with vmm.feed() as feed:
+            while not self._granted.is_set():
+                if self._wanted_refusal is not None or await self._given_up("loaded"):
+                    return
+                sample = await self._next_sample(feed.newer(within_s=TICK_S))
+                self.sample = sample or self.sample
+        if vmm.is_dead:
+            raise VmmDied(f"QEMU {vmm.pid} exited before the guest was started")
+        await self._apply(
+            DestinationTrigger.GRANT_RECEIVED,
+            DestinationTrigger.START_ORDERED,
+            run_guest=self._run_guest,
+        )
+
+    async def _start_guest(self) -> None:
+        """`cont`, again if need be, until the guest is seen to run; only death ends it."""
+        vmm = self._living()
+        if vmm.is_dead:
+            raise VmmDied(f"QEMU {vmm.pid} is dead")
+        if self.state.run_guest:
+            with contextlib.suppress(VmmTimedOut, VmmRefused):  # looked at below
+                await vmm.run_guest()
+            state = await vmm.run_state()
+            if state is not RunState.RUNNING:
+                self.note = f"QEMU does not run the guest: its run state is {state.value}"
+                await asyncio.sleep(RETRY_S)
+                return  # begun again by the owner: past starting there is no way back
+        self.note = None
+        self.guest_running = True
+        await self._apply(DestinationTrigger.GUEST_RAN)
+
+    async def _await_rest(self) -> None:
+        """Postcopy: the guest runs, memory is still coming."""
+        vmm = self._living()
+        async with vmm.feed() as feed:
+            sample: TransferSample | None = await vmm.sample()
+            while sample is None or sample.qemu_status is not QemuStatus.COMPLETED:
+                self.sample = sample or self.sample
+                sample = await feed.newer(within_s=TICK_S)
+        self.transfer_completed = True
+        self._tell("migration.changed")
+
+    # Giving up ------------------------------------------------------------------------------
+
+    async def _given_up(self, what: str) -> bool:
+        """Idle for too long, and the source does not say that it goes on: refuse."""
+        options = self.world.options
+        idle_s = self.world.clock.monotonic_s() - self._heard_at_s
+        limit_s = options.receive_idle_s if what == "receiving" else options.loaded_idle_s
+        if idle_s < min(limit_s, 5.0):
+            return False
+        ended = await self._source_ended()
+        if ended is not None:
+            if self.state.may_refuse:
+                await self._refuse(ended)
+            return True
+        if idle_s > limit_s and self.state.may_refuse_by_time_out:
+            await self._refuse(f"nothing came from {self.stored.source} for {idle_s:.0f} s")
+            return True
+        return False
+
+    async def _source_ended(self) -> str | None:
+        """Why the source will never grant this migration; None when it may, or does not say."""
+        if self.source is None:
+            return None
+        try:
+            async with asyncio.timeout(2.0):
+                view = await self.source.source_view(self.id)
+        except PeerRefused as exc:
+            if exc.code == "not_found" and self.state.mode is Mode.PRECOPY:
+                return f"{self.stored.source} knows nothing of this migration"
+            return None
+        except (PeerError, TimeoutError):
+            return None
+        if view.phase in ENDED_THERE:
+            return f"it ended as {view.phase} on {self.stored.source}"
+        self.heard()
+        return None
+
+    async def _on_death(self, exc: VmmDied) -> None:
+        words = self.world.launcher.last_words(self.vmm) if self.vmm else ""
+        why = f"{exc.message}{': ' + words if words and words not in exc.message else ''}"
+        if self.state.may_refuse:
+            await self._refuse_durably(why)
+            return
+        self.vmm_died = True
+        self.guest_running = False
+        self.note = why
+        self.log.error("QEMU died", phase=self.state.phase.value, cause=why)
+        self._tell("migration.changed")
+
+    async def _on_failure(self, why: str) -> None:
+        if self.state.phase is DestinationPhase.PREPARING:
+            await self._refuse_durably(why)
+        else:
+            await asyncio.sleep(RETRY_S)
+
+    async def _refuse_durably(self, why: str) -> None:
+        while self.state.may_refuse:
+            try:
+                await self._refuse(why)
+            except JournalError as exc:
+                self.log.error("a refusal cannot be journalled", cause=exc.message)
+                await asyncio.sleep(RETRY_S)
+
+    async def _refuse(self, why: str) -> None:
+        await self._apply(DestinationTrigger.REFUSAL_DECIDED, reason=why)
+        self.world.observer.migration_ended("destination", "refused", "refused")
+
+    async def _discard_copy(self) -> None:
+        """The refusal is durable: the copy is dead data."""
+        vmm = self.vmm
+        if vmm is None:
+            return
+        while not vmm.is_dead:
+            try:
+                await vmm.quit()
+            except VmmError as exc:
+                self.log.warning("the discarded QEMU does not end", cause=exc.message)
+                await asyncio.sleep(RETRY_S)
+        await self.world.launcher.forget(vmm)
+
+    # Applying events --------------------------------------------------------------------------
+
+    def _living(self) -> Vmm:
+        if self.vmm is None:
+            raise VmmDied(f"the QEMU of {self.stored.spec.name} for this migration is gone")
+        return self.vmm
+
+    async def _apply(
+        self,
+        *triggers: DestinationTrigger,
+        address: TransferAddress | None = None,
+        mode: Mode | None = None,
+        run_guest: bool | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Advance, save in one transaction, publish. An observation (loaded) is saved later."""
+        clock, state = self.world.clock, self.state
+        events = []
+        for trigger in triggers:
+            event = DestinationEvent(
+                trigger, clock.wall_s(), clock.monotonic_s(), address, mode, run_guest, reason
+            )
+            state = advance_destination(state, event)
+            events.append(event)
+        if triggers == (DestinationTrigger.GUEST_LOADED,):
+            self._unsaved += events
+        else:
+            vm = self._vm_after(state)
+            await self.world.journal.append_incoming(self.id, [*self._unsaved, *events], vm)
+            self._unsaved = []
+        self._enter(state)
+
+    def _vm_after(self, state: DestinationState) -> StoredVm | None:
+        if state.phase in STARTED:
+            return StoredVm(self.stored.spec, state.epoch, True, self.stored.instance)
+        return None
+
+    def _enter(self, state: DestinationState) -> None:
+        old, self.state = self.state, state
+        now_s = self.world.clock.monotonic_s()
+        lasted_s = now_s - self.entered[-1][2]
+        self.entered.append((state.phase, self.world.clock.wall_s(), now_s))
+        self.world.observer.phase_changed("destination", old.phase, state.phase, lasted_s)
+        self.log.info("phase", phase=state.phase.value, reason=state.reason)
+        if state.phase is DestinationPhase.RUNNING:
+            self.world.observer.migration_ended("destination", "running", "none")
+            self.on_running(self)
+        self._tell("migration.phase")
+
+    def _tell(self, kind: str) -> None:
+        self.generation += 1
+        body = {"phase": self.state.phase.value, "generation": self.generation}
+        self.resource_version = self.world.stream.publish(
+            kind, body, vm=self.stored.spec.name, migration_id=self.id
+        )
+        self._newer.set()
+        self._newer = asyncio.Event()

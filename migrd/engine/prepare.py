@@ -1,0 +1,114 @@
+"""The steps before anything moves: preflight touches nothing, preparing touches both QEMUs."""
+
+import asyncio
+
+from migrd.core.facts import VmFacts, VmSpec
+from migrd.core.migration import MigrationEvent, Refusal, Request
+from migrd.core.phases import Trigger
+from migrd.core.preflight import DestinationFacts, Preflight, SourceFacts, check
+from migrd.engine.outgoing import Outgoing
+from migrd.engine.ports import HostProfile, Peer, Vmm
+from migrd.engine.world import World
+from migrd.errors import MigrdError, PeerError, PeerUnreachable, VmmDied, VmmError
+
+
+async def judge(
+    world: World, request: Request, spec: VmSpec, epoch: int, vmm: Vmm, peer: Peer
+) -> tuple[Preflight, VmFacts | None, HostProfile | None]:
+    """Ask both sides and compare. Raises VmmDied; everything else becomes a refusal."""
+    facts, profile = await asyncio.gather(
+        _source(vmm), _destination(peer, spec), return_exceptions=True
+    )
+    refusals: list[Refusal] = []
+    if isinstance(facts, VmmDied):
+        raise facts
+    if isinstance(facts, BaseException):
+        refusals.append(_refusal("source_unreachable", facts, "look at the VM's QEMU"))
+    if isinstance(profile, BaseException):
+        code = "destination_unreachable" if isinstance(profile, PeerError) else "internal_error"
+        if isinstance(profile, MigrdError) and not isinstance(
+            profile, PeerUnreachable | TimeoutError
+        ):
+            code = profile.code if profile.code != "peer_timed_out" else code
+        refusals.append(_refusal(code, profile, f"see to migrd on {peer.name}: migrd doctor"))
+    if isinstance(facts, BaseException) or isinstance(profile, BaseException):
+        left = None if isinstance(facts, BaseException) else facts
+        right = None if isinstance(profile, BaseException) else profile
+        return Preflight(tuple(refusals), ()), left, right
+    digest = None if spec.profile is None else world.launcher.check(spec)
+    source = SourceFacts(
+        world.options.host, facts, spec, digest, epoch, world.options.tls is not None
+    )
+    return check(request, source, _as_facts(profile)), facts, profile
+
+
+async def _source(vmm: Vmm) -> VmFacts:
+    return await vmm.facts()
+
+
+async def _destination(peer: Peer, spec: VmSpec) -> HostProfile:
+    return await peer.preflight(spec)
+
+
+def _refusal(code: str, exc: BaseException, cure: str) -> Refusal:
+    if not isinstance(exc, MigrdError):
+        raise exc
+    return Refusal(code, exc.message, cure)
+
+
+def _as_facts(profile: HostProfile) -> DestinationFacts:
+    return DestinationFacts(
+        host=profile.host,
+        qemu_version=profile.qemu_version,
+        features=profile.features,
+        launch_digest=profile.launch_digest,
+        incoming_slots_free=profile.incoming_slots_free,
+        memory_available_bytes=profile.memory_available_bytes,
+        vm_present=profile.vm_present,
+        last_epoch=profile.last_epoch,
+        tls=profile.tls,
+        refusals=profile.refusals,
+    )
+
+
+async def check_preflight(m: Outgoing) -> MigrationEvent:
+    """Carry out CHECK_PREFLIGHT."""
+    limit_s = m.world.options.preflight_deadline_s
+    epoch = m.state.epoch - 1
+    try:
+        async with asyncio.timeout(limit_s):
+            result, facts, _ = await judge(
+                m.world, m.stored.request, m.stored.spec, epoch, m.vmm, m.peer
+            )
+    except TimeoutError:
+        late = Refusal("preflight_timed_out", f"preflight was not over within {limit_s:.0f} s")
+        return m.event(Trigger.PREFLIGHT_REFUSED, refusals=(late,))
+    except VmmDied:
+        raise
+    except MigrdError as exc:
+        refusal = Refusal(exc.code, exc.message)
+        return m.event(Trigger.PREFLIGHT_REFUSED, refusals=(refusal,))
+    if not result.passed:
+        return m.event(Trigger.PREFLIGHT_REFUSED, refusals=result.refusals)
+    return m.event(Trigger.PREFLIGHT_PASSED, run_guest=facts is None or facts.is_running)
+
+
+async def prepare_destination(m: Outgoing) -> MigrationEvent:
+    """Carry out PREPARE_DESTINATION: a waiting QEMU there, capabilities here, at the same time."""
+    limit_s = m.world.options.prepare_deadline_s
+    try:
+        async with asyncio.timeout(limit_s):
+            view, _ = await asyncio.gather(
+                m.peer.prepare(m.id, m.state.epoch, m.stored.spec, m.settings()),
+                m.vmm.prepare_outgoing(m.settings(), m.world.options.tls),
+            )
+    except TimeoutError:
+        return m.failed("prepare_timed_out", f"{m.peer.name} was not ready within {limit_s:.0f} s")
+    except (PeerError, VmmError) as exc:
+        if isinstance(exc, VmmDied):
+            raise
+        return m.failed(exc.code, exc.message)
+    if view.address is None:
+        why = view.reason or f"it is {view.phase.value}"
+        return m.failed("destination_refused", f"{m.peer.name} did not get ready: {why}")
+    return m.event(Trigger.DESTINATION_PREPARED, address=view.address)

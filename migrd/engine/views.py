@@ -1,0 +1,245 @@
+"""Snapshots for clients, made from what the engine's tasks hold. Nothing here changes anything."""
+
+from typing import Final
+
+from migrd.core.convergence import Estimate
+from migrd.core.facts import RunState, TransferSample
+from migrd.core.handover import DestinationPhase
+from migrd.core.phases import Phase
+from migrd.engine.incoming import Incoming
+from migrd.engine.outgoing import Outgoing
+from migrd.engine.service import (
+    Condition,
+    MigrationView,
+    Progress,
+    Role,
+    TimelineEntry,
+    VmView,
+    Whereabouts,
+)
+from migrd.engine.vms import Entry
+from migrd.engine.world import World
+
+STALL_SHOWN_S: Final = 1.0
+
+RUNS_ON: Final = {
+    Phase.SWITCHOVER: Whereabouts.MOVING,
+    Phase.GRANTED: Whereabouts.MOVING,
+    Phase.NEEDS_OPERATOR: Whereabouts.UNKNOWN,
+    Phase.COMPLETING: Whereabouts.DESTINATION,
+    Phase.SUCCEEDED: Whereabouts.DESTINATION,
+    Phase.GUEST_LOST: Whereabouts.NOWHERE,
+}
+RUNS_ON_SEEN_THERE: Final = {
+    DestinationPhase.PREPARING: Whereabouts.SOURCE,
+    DestinationPhase.RECEIVING: Whereabouts.SOURCE,
+    DestinationPhase.LOADED: Whereabouts.MOVING,
+    DestinationPhase.OWNED: Whereabouts.MOVING,
+    DestinationPhase.STARTING: Whereabouts.MOVING,
+    DestinationPhase.RUNNING: Whereabouts.DESTINATION,
+    DestinationPhase.REFUSED: Whereabouts.SOURCE,
+}
+
+
+def of_outgoing(m: Outgoing, queue_position: int | None = None) -> MigrationView:
+    """The source's view of a migration."""
+    state, now_s = m.state, m.world.clock.monotonic_s()
+    total_s = state.total_s
+    return MigrationView(
+        id=m.id,
+        role=Role.SOURCE,
+        vm=m.stored.request.vm,
+        source=m.world.options.host,
+        destination=m.stored.request.destination,
+        phase=state.phase.value,
+        generation=m.generation,
+        resource_version=m.resource_version,
+        is_terminal=state.is_terminal,
+        guest_runs_on=_whereabouts(m),
+        epoch=state.epoch,
+        created_wall_s=m.stored.created_wall_s,
+        timeline=_timeline([(e.phase.value, e.wall_s, e.monotonic_s) for e in state.timeline]),
+        mode=state.mode,
+        policy=state.policy,
+        progress=_progress(m, now_s),
+        estimate=None if state.is_terminal else m.estimate,
+        last_decision=m.decisions[-1] if m.decisions else None,
+        cause=state.cause,
+        refusals=state.refusals,
+        conditions=_conditions(m),
+        blackout_s=state.blackout_s,
+        qemu_downtime_s=m.qemu_downtime_s,
+        elapsed_s=total_s if total_s is not None else now_s - state.timeline[0].monotonic_s,
+        total_s=total_s,
+        next_step=next_step(m),
+        requested_by=m.stored.request.requested_by,
+        queue_position=queue_position,
+    )
+
+
+def _whereabouts(m: Outgoing) -> Whereabouts:
+    phase = m.state.phase
+    if phase is Phase.ROLLING_BACK:
+        running = m.sample is not None and m.sample.run_state is RunState.RUNNING
+        return Whereabouts.SOURCE if running else Whereabouts.MOVING
+    return RUNS_ON.get(phase, Whereabouts.SOURCE)
+
+
+def _timeline(entries: list[tuple[str, float, float]]) -> tuple[TimelineEntry, ...]:
+    ends = [entry[2] for entry in entries[1:]] + [None]
+    return tuple(
+        TimelineEntry(phase, wall_s, at_s, None if end is None else end - at_s)
+        for (phase, wall_s, at_s), end in zip(entries, ends, strict=True)
+    )
+
+
+def _progress(m: Outgoing, now_s: float) -> Progress:
+    sample, guess = m.sample, m.estimate or Estimate(None, None, None, None, None)
+    if sample is None:
+        return Progress(rounds=len(m.rounds))
+    still_s = None if m.moved_at_s is None else now_s - m.moved_at_s
+    stalled = m.state.phase is Phase.PRECOPY and still_s is not None and still_s > STALL_SHOWN_S
+    return Progress(
+        total_bytes=sample.total_bytes,
+        transferred_bytes=sample.transferred_bytes,
+        remaining_bytes=0 if m.state.phase is Phase.SUCCEEDED else sample.remaining_bytes,
+        dirty_bytes_per_s=guess.dirty_bytes_per_s,
+        bandwidth_bytes_per_s=_either(sample, guess),
+        throttle_percent=max(sample.throttle_percent or 0, m.throttle_percent),
+        rounds=m.rounds[-1].number if m.rounds else 0,
+        qemu_status=sample.qemu_status.value,
+        postcopy_requests=sample.postcopy_requests,
+        stalled_s=still_s if stalled else None,
+    )
+
+
+def _either(sample: TransferSample, guess: Estimate) -> float | None:
+    if sample.bandwidth_bytes_per_s:
+        return sample.bandwidth_bytes_per_s
+    return guess.bandwidth_bytes_per_s
+
+
+def _conditions(m: Outgoing) -> tuple[Condition, ...]:
+    standing = [
+        Condition(type_, "True", _snake(type_), message, since)
+        for type_, (message, since) in sorted(m.troubles.items())
+    ]
+    if m.cancel_wished and not m.state.is_terminal:
+        now = m.world.clock.wall_s()
+        standing.append(Condition("CancelRequested", "True", "cancel_requested", "", now))
+    return tuple(standing)
+
+
+def _snake(camel: str) -> str:
+    return "".join("_" + c.lower() if c.isupper() else c for c in camel).lstrip("_")
+
+
+def next_step(m: Outgoing) -> str | None:
+    """What a person should do now; the on-call operator reads this first."""
+    request, here = m.stored.request, m.world.options.host
+    there, vm = request.destination, request.vm
+    match m.state.phase:
+        case Phase.NEEDS_OPERATOR if m.state.granted:
+            return (
+                f"Find out whether {vm} runs on {there}. When migrd on {there} can be brought "
+                f"back, do that: this ends by itself. If {there} is dead for good and powered off, "
+                f"prove it and say so: migrd resolve {m.id} destination_fenced --evidence '...' "
+                f"(the guest then goes on from the copy on {here})."
+            )
+        case Phase.NEEDS_OPERATOR:
+            return (
+                f"Look at the VM's QEMU on {here} (pid {m.vmm.pid}): its monitor does not say where "
+                "the guest stands. migrd keeps trying; kill nothing on either side before that."
+            )
+        case Phase.GUEST_LOST:
+            return f"{vm} runs nowhere. Start it again where you want it: migrd start {vm}"
+        case Phase.ROLLED_BACK:
+            return f"{vm} runs on {here}. Mend what the cause names, then migrate again."
+        case Phase.REFUSED:
+            cures = [refusal.cure for refusal in m.state.refusals if refusal.cure]
+            return "; ".join(dict.fromkeys(cures)) or None
+        case Phase.COMPLETING if "PostcopyPaused" in m.troubles:
+            return (
+                f"Mend the network between {here} and {there}: {vm} waits for memory that is "
+                f"still on {here}. Kill neither QEMU."
+            )
+        case _:
+            return None
+
+
+def of_incoming(i: Incoming) -> MigrationView:
+    """The destination's view of a migration."""
+    now_s = i.world.clock.monotonic_s()
+    sample, phase = i.sample, i.state.phase
+    over = i.is_over
+    elapsed_s = (i.entered[-1][2] if over else now_s) - i.entered[0][2]
+    runs_on = RUNS_ON_SEEN_THERE[phase]
+    if i.vmm_died:
+        unsure = phase is DestinationPhase.STARTING
+        runs_on = Whereabouts.UNKNOWN if unsure else Whereabouts.NOWHERE
+    return MigrationView(
+        id=i.id,
+        role=Role.DESTINATION,
+        vm=i.stored.spec.name,
+        source=i.stored.source,
+        destination=i.world.options.host,
+        phase=phase.value,
+        generation=i.generation,
+        resource_version=i.resource_version,
+        is_terminal=over,
+        guest_runs_on=runs_on,
+        epoch=i.state.epoch,
+        created_wall_s=i.stored.created_wall_s,
+        timeline=_timeline([(p.value, wall_s, at_s) for p, wall_s, at_s in i.entered]),
+        mode=i.state.mode,
+        policy=None,
+        progress=Progress(
+            total_bytes=sample.total_bytes if sample else None,
+            transferred_bytes=sample.transferred_bytes if sample else None,
+            qemu_status=sample.qemu_status.value if sample else None,
+        ),
+        cause=None,
+        conditions=_notes(i),
+        elapsed_s=elapsed_s,
+        total_s=elapsed_s if over else None,
+        next_step=_next_step_there(i),
+        requested_by=i.stored.source,
+    )
+
+
+def _notes(i: Incoming) -> tuple[Condition, ...]:
+    said = i.state.reason or i.note
+    if said is None:
+        return ()
+    type_ = "Refused" if i.state.reason else "NotGoingOn"
+    return (Condition(type_, "True", _snake(type_), said, i.entered[-1][1]),)
+
+
+def _next_step_there(i: Incoming) -> str | None:
+    if i.state.phase is DestinationPhase.STARTING and i.vmm_died:
+        return (
+            f"The QEMU here died while {i.stored.spec.name} was being started. See migration "
+            f"{i.id} on {i.stored.source}: an operator decides there."
+        )
+    return None
+
+
+def of_vm(entry: Entry, world: World) -> VmView:
+    """A VM as it is now."""
+    age_s = None
+    if entry.facts_at_s is not None:
+        age_s = world.clock.monotonic_s() - entry.facts_at_s
+    vmm = entry.vmm
+    return VmView(
+        name=entry.spec.name,
+        resource_version=entry.resource_version,
+        spec=entry.spec,
+        managed=entry.managed,
+        state=entry.state,
+        facts=entry.facts,
+        facts_age_s=age_s,
+        epoch=entry.epoch,
+        migration_id=entry.migration_id,
+        pid=None if vmm is None or vmm.is_dead else vmm.pid,
+        serial_path=None if vmm is None else world.launcher.serial_path(vmm),
+    )
