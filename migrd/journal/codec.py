@@ -1,0 +1,118 @@
+"""Records to bytes and back, for values of the core (which may not know pydantic).
+
+    value --write--> Sealed(kind, version, body, crc) --read--> the same value, or UnreadableRecord
+
+Rules
+1. Every field is written, defaults too: a default that changes in a later version must not change
+   what an old record means.
+2. What is written has been read back and compared first. A record that could not be replayed would
+   stop the next start, with a guest in the middle of its journey.
+3. Reading is strict. A field that we do not know may carry a promise that we would break, so it
+   stops the replay, as do an unknown trigger, another type or a wrong checksum. A field that is
+   missing takes its default: an older version wrote the record.
+"""
+
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Generic, TypeVar
+
+import orjson
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
+
+from migrd.core.handover import DestinationEvent
+from migrd.core.migration import MigrationEvent
+from migrd.engine.ports import StoredIncoming, StoredRequest, StoredVm
+
+T = TypeVar("T")
+
+
+class UnreadableRecord(Exception):
+    """The record is not understood; the message says what about it."""
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A record as it stands on disk."""
+
+    kind: str
+    version: int
+    body: bytes
+    crc: int
+
+
+class Codec(Generic[T]):
+    """Writes and reads one kind of record."""
+
+    def __init__(self, kind: str, version: int, type_: type[T]) -> None:
+        self.kind = kind
+        self.version = version
+        self._type = type_
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[T]:
+        return TypeAdapter(self._type)
+
+    def write(self, value: T) -> Sealed:
+        """Raises UnreadableRecord for a value that would not come back as it is (NaN, say)."""
+        try:
+            body = self._adapter.dump_json(value)
+        except PydanticSerializationError as failure:  # half a surrogate pair in a text, say
+            raise UnreadableRecord(f"it cannot be written: {failure}") from None
+        sealed = Sealed(self.kind, self.version, body, self._checksum(self.version, body))
+        if self.read(sealed) != value:
+            raise UnreadableRecord(f"{value!r} would not be read back as it is")
+        return sealed
+
+    def read(self, sealed: Sealed) -> T:
+        if sealed.kind != self.kind:
+            raise UnreadableRecord(f"kind {sealed.kind!r}, {self.kind!r} expected")
+        if sealed.version != self.version:
+            raise UnreadableRecord(f"{self.kind} of version {sealed.version}, not {self.version}")
+        if sealed.crc != self._checksum(sealed.version, sealed.body):
+            raise UnreadableRecord("the checksum does not match: the record was altered")
+        try:
+            value = self._adapter.validate_json(sealed.body, strict=True)
+        except ValidationError as failure:
+            raise UnreadableRecord(_first_of(failure)) from None
+        unknown = _unknown_in(
+            orjson.loads(sealed.body), orjson.loads(self._adapter.dump_json(value)), ""
+        )
+        if unknown is not None:
+            raise UnreadableRecord(f"{unknown} is not known to this version")
+        return value
+
+    def _checksum(self, version: int, body: bytes) -> int:
+        return zlib.crc32(body, zlib.crc32(f"{self.kind}/{version}".encode()))
+
+
+def _first_of(failure: ValidationError) -> str:
+    first = failure.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "record"
+    return f"{place}: {first['msg']} (found {first['input']!r:.80})"
+
+
+def _unknown_in(stored: Any, understood: Any, path: str) -> str | None:
+    """The first field of `stored` that reading it dropped or changed."""
+    if isinstance(stored, dict) and isinstance(understood, dict):
+        for key, value in stored.items():
+            where = f"{path}.{key}" if path else str(key)
+            if key not in understood:
+                return f"field {where}"
+            if (found := _unknown_in(value, understood[key], where)) is not None:
+                return found
+        return None
+    if isinstance(stored, list) and isinstance(understood, list) and len(stored) == len(understood):
+        pairs = enumerate(zip(stored, understood, strict=True))
+        return next(
+            (found for n, (a, b) in pairs if (found := _unknown_in(a, b, f"{path}.{n}"))), None
+        )
+    return None if stored == understood else f"the value of {path or 'the record'}"
+
+
+MIGRATION_EVENT: Final = Codec("migration_event", 1, MigrationEvent)
+DESTINATION_EVENT: Final = Codec("destination_event", 1, DestinationEvent)
+REQUEST: Final = Codec("request", 1, StoredRequest)
+INCOMING: Final = Codec("incoming", 1, StoredIncoming)
+VM: Final = Codec("vm", 1, StoredVm)
