@@ -1,0 +1,1 @@
+"""The commands that speak with the daemon, one module per subject."""

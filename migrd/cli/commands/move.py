@@ -1,0 +1,222 @@
+"""`migrd plan`, `migrd migrate`, `migrd watch`: the main job."""
+
+import uuid
+from contextlib import ExitStack
+from typing import Any
+
+import click
+
+from migrd.cli import story
+from migrd.cli.client import path
+from migrd.cli.exits import CommandError, Exit
+from migrd.cli.naming import host_argument, migration_argument, vm_argument, whole_id
+from migrd.cli.policy import Wishes, policy_options
+from migrd.cli.printing import Cell, Format
+from migrd.cli.running import Session, remote
+from migrd.cli.screens import LiveScreen, screen_for
+from migrd.cli.seen import Json, Seen
+from migrd.cli.text import size, span, word
+from migrd.cli.units import whole_s
+from migrd.cli.watching import Watch
+
+_timeout = click.option(
+    "--timeout",
+    "timeout_s",
+    type=whole_s,
+    metavar="S",
+    help="Stop watching after so long (exit code 9); the migration goes on.",
+)
+_through = click.option(
+    "--through-needs-operator",
+    is_flag=True,
+    help="Watch on while the migration needs an operator, instead of ending with code 7.",
+)
+_multifd = click.option(
+    "--multifd",
+    type=int,
+    metavar="N",
+    help="Parallel connections for memory; 0 means one plain stream.",
+)
+_postcopy = click.option(
+    "--allow-postcopy",
+    is_flag=True,
+    help="Prepare both sides so that postcopy can be chosen while the migration runs.",
+)
+
+
+def _request(destination: str, multifd: int | None, postcopy: bool, wishes: Any) -> dict[str, Json]:
+    """What was said, in the API's words; what was not said is left to the daemon."""
+    body: dict[str, Json] = {"destination": destination}
+    policy = Wishes(**wishes).policy()
+    if policy:
+        body["policy"] = policy
+    if multifd is not None:
+        body["multifd_channels"] = multifd
+    if postcopy:
+        body["allow_postcopy"] = True
+    return body
+
+
+@click.command("plan")
+@vm_argument
+@host_argument
+@policy_options
+@_multifd
+@_postcopy
+@remote
+async def plan(
+    session: Session,
+    /,
+    vm: str,
+    destination: str,
+    multifd: int | None,
+    allow_postcopy: bool,
+    **wishes: Any,
+) -> int:
+    """Say what a migration of VM to DESTINATION would meet. Nothing is changed.
+
+    Exit code 4 when it would be refused; every reason is listed, each with its cure.
+
+    \b
+    Examples:
+      migrd plan web1 host-b
+      migrd plan web1 host-b --when-not-converging postcopy && migrd migrate web1 host-b --watch
+    """
+    body = _request(destination, multifd, allow_postcopy, wishes)
+    reply = await session.client.call("POST", path("vms", vm, verb="plan"), body=body)
+    seen = reply.seen
+    possible = seen.flag("possible") is True
+    if session.printer.is_for_scripts:
+        session.printer.json(reply.body)
+    else:
+        _print_plan(session, seen, possible)
+    return Exit.OK if possible else Exit.REFUSED
+
+
+def _print_plan(session: Session, seen: Seen, possible: bool) -> None:
+    printer = session.printer
+    verdict = "can be migrated" if possible else "cannot be migrated"
+    style = "bold green" if possible else "bold yellow"
+    printer.line(f"{seen.text('vm')} {verdict} to {seen.text('destination')}", style)
+    missing = seen.part("features_missing")
+    facts: list[tuple[str, Cell]] = [
+        ("  memory", size(seen.number("memory_bytes"))),
+        ("  takes about", span(seen.seconds("predicted_total"))),
+        ("  can move by", ", ".join(word(mode) for mode in seen.words("mode_choices"))),
+        ("  source's QEMU lacks", ", ".join(missing.words("source"))),
+        ("  destination's QEMU lacks", ", ".join(missing.words("destination"))),
+    ]
+    printer.facts(facts)
+    story.refusals(printer, seen.parts("refusals"), "would be refused because")
+    story.refusals(printer, seen.parts("warnings"), "warnings")
+
+
+@click.command("migrate")
+@vm_argument
+@host_argument
+@click.option("-w", "--watch", is_flag=True, help="Follow it to its end; the exit code tells how.")
+@policy_options
+@_multifd
+@_postcopy
+@_timeout
+@_through
+@click.option(
+    "--idempotency-key",
+    metavar="K",
+    help="Asking twice with the same key gives the same migration, never a second one.",
+)
+@remote
+async def migrate(
+    session: Session,
+    /,
+    vm: str,
+    destination: str,
+    watch: bool,
+    multifd: int | None,
+    allow_postcopy: bool,
+    timeout_s: int | None,
+    through_needs_operator: bool,
+    idempotency_key: str | None,
+    **wishes: Any,
+) -> int:
+    """Migrate the running VM to the host DESTINATION, a name from this host's roster.
+
+    Without --watch it returns as soon as the daemon has taken the migration on, and prints its id.
+
+    With --watch it follows the migration to its end: phases, rounds, decisions, and a summary that
+    says where the guest runs. Ctrl-C then ends the watching, not the migration.
+
+    \b
+    Examples:
+      migrd migrate web1 host-b --watch
+      migrd migrate web1 host-b --watch --downtime-limit-ms 100 \\
+          --when-not-converging throttle --max-throttle-percent 50
+      migrd migrate web1 host-b --max-bandwidth 1Gbit/s --deadline-s 10min
+      migrd migrate web1 host-b -o json | jq -r .id
+    """
+    request: dict[str, Json] = {"vm": vm, **_request(destination, multifd, allow_postcopy, wishes)}
+    key = idempotency_key or str(uuid.uuid4())
+    reply = await session.client.migrate(request, idempotency_key=key)
+    id_ = reply.seen.raw("id")
+    if id_ is None:
+        raise CommandError("the daemon did not say which migration this is")
+    if watch:
+        return await _follow(session, id_, timeout_s, through_needs_operator)
+    if session.printer.is_for_scripts:
+        session.printer.json(reply.body)
+    else:
+        began = "going on already" if reply.status == 200 else "asked for"
+        seen = reply.seen
+        session.printer.line(seen.text("id"))
+        session.printer.note(f"{seen.text('vm')} {story.route(seen)}: {began}")
+        session.printer.note(f"watch it: migrd watch {seen.text('id')}")
+    return Exit.OK
+
+
+@click.command("watch")
+@migration_argument
+@_timeout
+@_through
+@remote
+async def watch(
+    session: Session, migration_id: str, timeout_s: int | None, through_needs_operator: bool
+) -> int:
+    """Follow a migration to its end: phases, rounds, decisions, and where the guest runs.
+
+    Ctrl-C ends the watching; the migration goes on. A restart of the daemon is waited out. When the
+    migration has ended already, only the summary is printed. The exit code tells how it ended.
+
+    \b
+    Examples:
+      migrd watch 5a3c
+      migrd watch 5a3c --timeout 10min
+      migrd watch 5a3c -o jsonl | jq -c '[.phase, .progress.remaining_bytes]'
+    """
+    id_ = await whole_id(session.client, migration_id)
+    return await _follow(session, id_, timeout_s, through_needs_operator)
+
+
+async def _follow(session: Session, id_: str, timeout_s: int | None, through: bool) -> int:
+    printer = session.printer
+    screen = screen_for(printer)
+    watching = Watch(session.client, id_, screen, through_needs_operator=through)
+    with ExitStack() as shown:
+        shown.callback(_say_it_goes_on, session, watching)
+        if isinstance(screen, LiveScreen):
+            shown.enter_context(screen)
+        last = await watching.to_the_end(within_s=timeout_s)
+    if printer.format is Format.JSON:
+        printer.json(last.body)
+    elif not printer.is_for_scripts:
+        story.summarise(printer, last)
+    return story.exit_of(last)
+
+
+def _say_it_goes_on(session: Session, watching: Watch) -> None:
+    """Ctrl-C must not leave anyone in doubt about the migration."""
+    if watching.ended:
+        return
+    id_ = watching.migration_id
+    session.printer.note("No longer watching. The migration goes on.", "yellow")
+    session.printer.note(f"  watch it again:  migrd watch {id_}")
+    session.printer.note(f"  cancel it:       migrd cancel {id_}")

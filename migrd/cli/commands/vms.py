@@ -1,0 +1,204 @@
+"""`migrd vms …`, `migrd start`, `migrd stop`: the VMs of this host."""
+
+from collections.abc import Sequence
+
+import click
+
+from migrd.cli.client import path
+from migrd.cli.naming import vm_argument
+from migrd.cli.printing import Cell, Column
+from migrd.cli.running import Session, common_options, remote
+from migrd.cli.seen import Json, Seen
+from migrd.cli.text import UNKNOWN, size, word, yes_no
+from migrd.cli.units import setting
+
+_COLUMNS = (
+    Column("vm"),
+    Column("state"),
+    Column("memory", right=True),
+    Column("qemu"),
+    Column("profile"),
+    Column("migration"),
+)
+_profile = click.option("--profile", metavar="P", help="Launch profile to use, by its name.")
+_set = click.option(
+    "--set",
+    "settings",
+    type=setting,
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="A parameter of the profile; may be given several times.",
+)
+
+Settings = Sequence[tuple[str, str | int | bool]]
+
+
+@click.group("vms", invoke_without_command=True)
+@common_options(hidden=True)
+@click.pass_context
+def vms(context: click.Context) -> None:
+    """The VMs of this host; without a subcommand: list them.
+
+    \b
+    Examples:
+      migrd vms
+      migrd vms show web1
+      migrd vms define web1 --profile standard --set memory_mib=2048
+    """
+    if context.invoked_subcommand is None:
+        context.invoke(list_vms)
+
+
+@vms.command("list")
+@remote
+async def list_vms(session: Session) -> None:
+    """List the VMs of this host."""
+    reply = await session.client.get("vms")
+    if session.printer.is_for_scripts:
+        session.printer.json(reply.body)
+        return
+    rows = [_row(vm) for vm in reply.seen.parts("items")]
+    session.printer.table(_COLUMNS, rows, "no VMs on this host")
+
+
+def _row(vm: Seen) -> list[Cell]:
+    facts = vm.part("facts")
+    return [
+        vm.text("name"),
+        word(vm.text("state")),
+        size(facts.number("memory_bytes")),
+        facts.text("qemu_version"),
+        _profile_of(vm),
+        vm.text("migration_id"),
+    ]
+
+
+def _profile_of(vm: Seen) -> str:
+    return vm.text("profile", UNKNOWN)
+
+
+@vms.command("show")
+@vm_argument
+@remote
+async def show_vm(session: Session, vm: str) -> None:
+    """Show one VM: its state, what QEMU offers, what stands in the way of a migration."""
+    reply = await session.client.get("vms", vm)
+    if session.printer.is_for_scripts:
+        session.printer.json(reply.body)
+        return
+    session.printer.facts(_facts(reply.seen))
+
+
+def _facts(vm: Seen) -> list[tuple[str, Cell]]:
+    facts = vm.part("facts")
+    parameters = vm.pairs("parameters")
+    features = facts.words("features")
+    devices = facts.words("passthrough_devices")
+    return [
+        ("vm", vm.text("name")),
+        ("state", word(vm.text("state"))),
+        ("managed by migrd", yes_no(vm.flag("managed"))),
+        ("profile", _profile_of(vm)),
+        ("parameters", ", ".join(f"{k}={v}" for k, v in parameters.items())),
+        ("memory", size(facts.number("memory_bytes"))),
+        ("machine", facts.text("machine_type")),
+        ("QEMU", facts.text("qemu_version")),
+        ("QEMU offers", ", ".join(sorted(features)) if facts else "not known"),
+        (
+            "passthrough devices",
+            ", ".join(devices) if devices else "none" if facts else "not known",
+        ),
+        ("migration blocked by", "; ".join(facts.words("blocked_reasons"))),
+        ("migration going on", vm.text("migration_id", "")),
+        ("epoch", vm.text("epoch")),
+        ("pid", vm.text("pid", "")),
+        ("serial line", vm.text("serial_path", "")),
+    ]
+
+
+@vms.command("define")
+@vm_argument
+@_profile
+@_set
+@click.option("--dry-run", is_flag=True, help="Only say whether it would be accepted.")
+@remote
+async def define_vm(
+    session: Session, vm: str, profile: str | None, settings: Settings, dry_run: bool
+) -> None:
+    """Define VM from a launch profile, or name the profile of an adopted one.
+
+    Repeating it with the same values changes nothing.
+
+    \b
+    Examples:
+      migrd vms define web1 --profile standard --set memory_mib=2048
+      migrd vms define web1 --profile standard --dry-run
+    """
+    if profile is None:
+        raise click.UsageError("say which launch profile: --profile P (`migrd host` lists them)")
+    seen = await _define(session, vm, profile, settings, dry_run=dry_run)
+    if session.printer.is_for_scripts:
+        session.printer.json(seen.body)
+    else:
+        verb = "would be defined" if dry_run else "is defined"
+        session.printer.line(f"{seen.text('name')} {verb}, profile {_profile_of(seen)}")
+
+
+async def _define(
+    session: Session, vm: str, profile: str, settings: Settings, *, dry_run: bool = False
+) -> Seen:
+    body: dict[str, Json] = {"profile": profile, "parameters": dict(settings)}
+    query = {"dry_run": "true"} if dry_run else None
+    reply = await session.client.call("PUT", path("vms", vm), body=body, query=query)
+    return reply.seen
+
+
+@vms.command("forget")
+@vm_argument
+@remote
+async def forget_vm(session: Session, vm: str) -> None:
+    """Forget VM; refused while it runs here."""
+    await session.client.call("DELETE", path("vms", vm))
+    session.printer.note(f"{vm} is forgotten")
+
+
+@click.command("start")
+@vm_argument
+@_profile
+@_set
+@remote
+async def start(session: Session, vm: str, profile: str | None, settings: Settings) -> None:
+    """Start VM from its launch profile.
+
+    With --profile (and --set) the VM is defined first; without, it must be defined already.
+
+    \b
+    Examples:
+      migrd start web1
+      migrd start web1 --profile standard --set memory_mib=2048
+    """
+    if settings and profile is None:
+        raise click.UsageError("--set fills in a launch profile: say --profile as well")
+    if profile is not None:
+        await _define(session, vm, profile, settings)
+    await _act(session, vm, "start")
+
+
+@click.command("stop")
+@vm_argument
+@remote
+async def stop(session: Session, vm: str) -> None:
+    """Stop VM: its QEMU is ended. For VMs that migrd started; refused during a migration."""
+    await _act(session, vm, "stop")
+
+
+async def _act(session: Session, vm: str, verb: str) -> None:
+    reply = await session.client.call("POST", path("vms", vm, verb=verb))
+    if session.printer.is_for_scripts:
+        session.printer.json(reply.body)
+        return
+    session.printer.line(f"{reply.seen.text('name', vm)} is {word(reply.seen.text('state'))}")
+
+
+vms.add_command(start, "start")
+vms.add_command(stop, "stop")
