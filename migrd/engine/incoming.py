@@ -13,7 +13,7 @@ ran, and the view says so (`vmm_died`). In postcopy it does not refuse by time-o
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import structlog
@@ -96,6 +96,12 @@ class Incoming:
         # dead while starting: an operator's word to the source is what ends the migration
         return self.state.phase is DestinationPhase.STARTING and self.vmm_died
 
+    @property
+    def is_settled(self) -> bool:
+        """GRANT can be answered for good."""
+        settled = (DestinationPhase.RUNNING, DestinationPhase.REFUSED)
+        return self.state.phase in settled or self.vmm_died
+
     def view(self) -> DestinationView:
         """What the source is told."""
         return DestinationView(
@@ -117,6 +123,20 @@ class Incoming:
                 while self.generation <= generation:
                     await self._newer.wait()
         return self.view()
+
+    def restore(self, events: Sequence[DestinationEvent]) -> None:
+        """After a restart: the timeline as journalled; what runs is seen by the task."""
+        state = DestinationState(self.id, self.stored.epoch)
+        self.entered = [(state.phase, self.stored.created_wall_s, self.entered[0][2])]
+        for event in events:
+            state = advance_destination(state, event)
+            self.entered.append((state.phase, event.wall_s, event.monotonic_s))
+        if events:
+            self.entered[0] = (self.entered[0][0], self.entered[0][1], events[0].monotonic_s)
+        if state.phase is DestinationPhase.RUNNING:
+            self.guest_running = True
+            self.transfer_completed = state.mode is Mode.PRECOPY
+        self.generation += len(events)
 
     # Messages from the source -------------------------------------------------------------
 

@@ -280,6 +280,7 @@ class StoredRequest:
     spec: VmSpec
     epoch: int
     created_wall_s: float
+    created_monotonic_s: float = 0.0
     idempotency_key: str | None = None
     body_digest: str | None = None
 

@@ -148,7 +148,7 @@ def next_step(m: Outgoing) -> str | None:
             )
         case Phase.NEEDS_OPERATOR:
             return (
-                f"Look at the VM's QEMU on {here} (pid {m.vmm.pid}): its monitor does not say where "
+                f"Look at the VM's QEMU on {here} (pid {m.vmm.pid}): it does not say where "
                 "the guest stands. migrd keeps trying; kill nothing on either side before that."
             )
         case Phase.GUEST_LOST:

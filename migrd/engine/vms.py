@@ -72,6 +72,7 @@ class VmTable:
         self._world = world
         self._group = group
         self._entries: dict[str, Entry] = {}
+        self._epochs: dict[str, int] = {}
 
     def all(self) -> list[Entry]:
         """By name."""
@@ -79,6 +80,15 @@ class VmTable:
 
     def get(self, name: str) -> Entry | None:
         return self._entries.get(name)
+
+    def last_epoch(self, name: str) -> int:
+        """The highest epoch at which this host has had to do with a VM of that name."""
+        entry = self._entries.get(name)
+        return max(self._epochs.get(name, 0), 0 if entry is None else entry.epoch)
+
+    def note_epoch(self, name: str, epoch: int) -> None:
+        """Remember an epoch, whether the VM is known or not. Epochs only grow."""
+        self._epochs[name] = max(self._epochs.get(name, 0), epoch)
 
     def require(self, name: str) -> Entry:
         """Raises NotFound (`unknown_vm`)."""
@@ -100,6 +110,7 @@ class VmTable:
     def remove(self, name: str) -> None:
         entry = self._entries.pop(name, None)
         if entry is not None:
+            self.note_epoch(name, entry.epoch)
             self._unwatch(entry)
             self.changed(entry, removed=True)
 

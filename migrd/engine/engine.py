@@ -1,0 +1,75 @@
+"""The engine as one thing with a lifecycle: `async with Engine(world, ...)`.
+
+Entering replays the journal and takes everything up again; leaving stops all tasks and touches
+neither a QEMU nor a guest: a restarted daemon goes on from the journal.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Final, Self
+
+from migrd.engine.host import HostFacts
+from migrd.engine.migrations import Migrations
+from migrd.engine.reception import Reception
+from migrd.engine.recovery import adopt_found, recover
+from migrd.engine.registry import Registry
+from migrd.engine.vms import VmTable
+from migrd.engine.world import World
+
+RESCAN_S: Final = 2.0
+
+
+class Engine:
+    """`service` for the API, `reception` for peers."""
+
+    def __init__(self, world: World, profiles: Callable[[], Mapping[str, str | None]]) -> None:
+        self._world = world
+        self._group = asyncio.TaskGroup()
+        self.vms = VmTable(world, self._group)
+        self.migrations = Migrations(world, self.vms, self._group)
+        self.host = HostFacts(world, profiles)
+        self.service = Registry(self.migrations, self.host)
+        self.reception = Reception(self.migrations)
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        try:
+            await recover(self.migrations)
+        except BaseException:
+            await self._end()
+            raise
+        self.host.recovered = True
+        self._group.create_task(self.host.watch(), name="peers")
+        self._group.create_task(self._rescan(), name="rescan")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._end()
+
+    async def _end(self) -> None:
+        """Cancel every task of the group and wait for it."""
+        self._group.create_task(_raise_stopped(), name="stop")
+        try:
+            await self._group.__aexit__(None, None, None)
+        except* _Stopped:
+            pass
+
+    async def _rescan(self) -> None:
+        """VMs that others launch come and go; the rescan is the truth."""
+        while True:
+            await asyncio.sleep(RESCAN_S)
+            await adopt_found(self.migrations)
+
+
+class _Stopped(Exception):
+    """Ends the task group."""
+
+
+async def _raise_stopped() -> None:
+    raise _Stopped

@@ -1,0 +1,86 @@
+"""This host, as clients see it: slots, profiles, peers, readiness."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import structlog
+
+from migrd.engine.memory import memory_available_bytes
+from migrd.engine.migrations import Migrations
+from migrd.engine.ports import Peer
+from migrd.engine.service import Check, HostView, PeerView
+from migrd.engine.world import World
+from migrd.errors import PeerError
+
+log = structlog.get_logger(__name__)
+
+ASK_S: Final = 5.0
+
+
+class HostFacts:
+    """What is known of the host, kept fresh by `watch`."""
+
+    def __init__(self, world: World, profiles: Callable[[], Mapping[str, str | None]]) -> None:
+        self._world = world
+        self._profiles = profiles
+        self._boot_wall_s = world.clock.wall_s()
+        self._memory_bytes: int | None = None
+        self._peers: dict[str, PeerView] = {
+            name: PeerView(name, url, up=None, checked_wall_s=None, error=None)
+            for name, url in world.options.peers.items()
+        }
+        self.recovered = False
+        self.journal_error: str | None = None
+
+    def view(self, migrations: Migrations) -> HostView:
+        """A snapshot."""
+        options, binaries = self._world.options, dict(self._profiles())
+        return HostView(
+            name=options.host,
+            migrd_version=options.migrd_version,
+            boot_wall_s=self._boot_wall_s,
+            qemu_binaries=binaries,
+            profiles=tuple(sorted(binaries)),
+            outgoing_slots=options.outgoing_slots,
+            outgoing_active=migrations.outgoing_active,
+            incoming_slots=options.incoming_slots,
+            incoming_active=migrations.incoming_active,
+            memory_available_bytes=self._memory_bytes,
+            all_iommus_track_dirty=None,
+            tls=options.tls is not None,
+            vms=len(migrations.vms.all()),
+            peers=tuple(self._peers[name] for name in sorted(self._peers)),
+        )
+
+    def readiness(self, migrations: Migrations) -> Sequence[Check]:
+        """Can this daemon do its work? Peers being down is shown, and is not our unreadiness."""
+        stuck = [m.id for m in migrations.outgoing.values() if "JournalFailing" in m.troubles]
+        journal_ok = self.journal_error is None and not stuck
+        return (
+            Check("recovered", self.recovered, "journal replayed" if self.recovered else "not yet"),
+            Check("journal", journal_ok, self.journal_error or "; ".join(stuck) or "writable"),
+        )
+
+    async def watch(self) -> None:
+        """Ask each peer, and the kernel for memory, every peer interval. Runs until cancelled."""
+        while True:
+            self._memory_bytes = await memory_available_bytes()
+            await asyncio.gather(*(self._ask(peer) for peer in self._world.peers.values()))
+            await asyncio.sleep(self._world.options.peer_interval_s)
+
+    async def _ask(self, peer: Peer) -> None:
+        before, version, error = self._peers[peer.name], None, None
+        try:
+            async with asyncio.timeout(ASK_S):
+                version = await peer.hello()
+        except (PeerError, TimeoutError) as exc:
+            error = str(exc) or "no answer"
+        up = error is None
+        self._peers[peer.name] = PeerView(
+            peer.name, before.url, up, self._world.clock.wall_s(), error, version
+        )
+        self._world.observer.peer_checked(peer.name, up)
+        if up is not before.up:
+            self._world.stream.publish("peer.changed", {"peer": peer.name, "up": up})
+            log.info("peer", peer=peer.name, up=up, cause=error)

@@ -1,0 +1,223 @@
+"""All migrations of this host, both directions: who owns their tasks, and who may begin.
+
+Outgoing migrations wait in `pending` until a slot is free; incoming ones are refused when none is.
+A migration's task is started here and nowhere else, and guarded: a defect in one migration is
+logged with it and never takes another one down.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final
+
+import structlog
+
+from migrd.core.handover import DestinationPhase, DestinationState
+from migrd.core.migration import Instruction, MigrationState, Mode
+from migrd.core.phases import Phase, Trigger
+from migrd.engine.incoming import Incoming
+from migrd.engine.outgoing import Outgoing, Step
+from migrd.engine.ports import Peer, StoredIncoming, StoredRequest, Vmm
+from migrd.engine.precopy import run_precopy
+from migrd.engine.prepare import check_preflight, prepare_destination
+from migrd.engine.rollback import roll_back
+from migrd.engine.switchover import (
+    complete_switchover,
+    keep_asking,
+    obtain_answer,
+    release_source,
+)
+from migrd.engine.vms import Entry, VmTable
+from migrd.engine.world import World
+from migrd.errors import MigrdError, NotFound
+
+log = structlog.get_logger(__name__)
+
+STEPS: Final[Mapping[Instruction, Step]] = {
+    Instruction.CHECK_PREFLIGHT: check_preflight,
+    Instruction.PREPARE_DESTINATION: prepare_destination,
+    Instruction.RUN_PRECOPY: run_precopy,
+    Instruction.COMPLETE_SWITCHOVER: complete_switchover,
+    Instruction.OBTAIN_ANSWER: obtain_answer,
+    Instruction.KEEP_ASKING: keep_asking,
+    Instruction.RELEASE_SOURCE: release_source,
+    Instruction.ROLL_BACK: roll_back,
+}
+ENDED_IN_MEMORY: Final = 500
+"""Ended migrations shown without asking the journal; older ones are forgotten here."""
+QUEUE_LIMIT: Final = 256
+
+
+class Migrations:
+    """Every migration of this host by id."""
+
+    def __init__(self, world: World, vms: VmTable, group: asyncio.TaskGroup) -> None:
+        self.world = world
+        self.vms = vms
+        self._group = group
+        self.outgoing: dict[str, Outgoing] = {}
+        self.incoming: dict[str, Incoming] = {}
+
+    # Lookup -----------------------------------------------------------------------------------
+
+    def require_outgoing(self, migration_id: str) -> Outgoing:
+        """Raises NotFound (`unknown_migration`)."""
+        try:
+            return self.outgoing[migration_id]
+        except KeyError:
+            raise NotFound(
+                f"no migration {migration_id} is known here", code="unknown_migration"
+            ) from None
+
+    def active_of(self, vm: str) -> Outgoing | Incoming | None:
+        """The migration going on with a VM, on either side."""
+        for m in self.outgoing.values():
+            if m.stored.request.vm == vm and not m.state.is_terminal:
+                return m
+        for i in self.incoming.values():
+            if i.stored.spec.name == vm and not i.is_over:
+                return i
+        return None
+
+    @property
+    def pending(self) -> list[Outgoing]:
+        """Waiting for a slot, first come first."""
+        return [m for m in self.outgoing.values() if m.state.phase is Phase.PENDING]
+
+    @property
+    def outgoing_active(self) -> int:
+        return sum(
+            1
+            for m in self.outgoing.values()
+            if not m.state.is_terminal and m.state.phase is not Phase.PENDING
+        )
+
+    @property
+    def incoming_active(self) -> int:
+        return sum(1 for i in self.incoming.values() if not i.is_over)
+
+    # Outgoing -----------------------------------------------------------------------------------
+
+    def add_outgoing(
+        self, stored: StoredRequest, state: MigrationState, vmm: Vmm, peer: Peer
+    ) -> Outgoing:
+        """Know a migration; its task is begun unless it has ended."""
+        m = Outgoing(self.world, stored, state, vmm, peer, STEPS)
+        self.outgoing[m.id] = m
+        return m
+
+    def begin_outgoing(self, m: Outgoing) -> None:
+        """Start its task, and give it a slot when there is one."""
+        entry = self.vms.get(m.stored.request.vm)
+        if entry is not None:
+            entry.migration_id = m.id
+            entry.epoch = max(entry.epoch, m.state.epoch)
+        m.changed("migration.created")
+        self._spawn(self._run_outgoing(m), f"outgoing-{m.id[:8]}")
+        self.start_pending()
+
+    async def _run_outgoing(self, m: Outgoing) -> None:
+        try:
+            await m.run()
+        finally:
+            if m.state.is_terminal:
+                await self._after_outgoing(m)
+                self.start_pending()
+                self._forget_old()
+
+    async def _after_outgoing(self, m: Outgoing) -> None:
+        """What became of the VM here."""
+        entry = self.vms.get(m.stored.request.vm)
+        if entry is None or entry.migration_id != m.id:
+            return
+        entry.migration_id = None
+        if m.state.phase is Phase.SUCCEEDED:
+            entry.here = False
+        if m.vmm.is_dead:
+            self.vms.detach(entry)
+            await self._forget_files(m.vmm)
+        else:
+            await self.vms.look(entry)
+        self.vms.changed(entry)
+
+    async def _forget_files(self, vmm: Vmm) -> None:
+        try:
+            await self.world.launcher.forget(vmm)
+        except (MigrdError, OSError) as exc:
+            log.warning("files of an ended QEMU are left", vm=vmm.vm, cause=str(exc))
+
+    def start_pending(self) -> None:
+        """Give free slots to the migrations that wait longest."""
+        free = self.world.options.outgoing_slots - self.outgoing_active
+        for m in self.pending[: max(0, free)]:
+            m.wish(m.event(Trigger.STARTED))
+
+    # Incoming -----------------------------------------------------------------------------------
+
+    def add_incoming(
+        self, stored: StoredIncoming, state: DestinationState, source: Peer | None
+    ) -> Incoming:
+        """Know an incoming migration."""
+        i = Incoming(self.world, stored, state, source)
+        i.on_running = self._arrived
+        self.incoming[i.id] = i
+        return i
+
+    def begin_incoming(self, i: Incoming) -> None:
+        """Start its task."""
+        entry = self.vms.get(i.stored.spec.name)
+        if i.state.phase is not DestinationPhase.RUNNING:
+            if entry is None or entry.vmm is None:
+                entry = self.vms.put(Entry(i.stored.spec, i.state.epoch, here=False, incoming=True))
+            entry.incoming = True
+        if entry is not None:
+            entry.migration_id = i.id
+            entry.epoch = max(entry.epoch, i.state.epoch)
+        self._spawn(self._run_incoming(i), f"incoming-{i.id[:8]}")
+
+    def _arrived(self, i: Incoming) -> None:
+        """The guest runs here: it is one of this host's VMs now."""
+        busy = i.id if i.state.mode is Mode.POSTCOPY else None
+        self.vms.put(Entry(i.stored.spec, i.state.epoch, here=True, vmm=i.vmm, migration_id=busy))
+
+    async def _run_incoming(self, i: Incoming) -> None:
+        try:
+            await i.run()
+        finally:
+            if i.is_over:
+                self._after_incoming(i)
+                self._forget_old()
+
+    def _after_incoming(self, i: Incoming) -> None:
+        entry = self.vms.get(i.stored.spec.name)
+        if entry is None or entry.migration_id not in (i.id, None):
+            return
+        known_before = entry.here or not entry.incoming
+        entry.migration_id, entry.incoming = None, False
+        if i.state.phase is DestinationPhase.STARTING:
+            entry.here, entry.vmm = True, i.vmm
+        if i.state.phase is DestinationPhase.REFUSED and not known_before:
+            self.vms.remove(entry.spec.name)  # it never came
+        else:
+            self.vms.changed(entry)
+
+    # Tasks ------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self._group.create_task(_guarded(work, name), name=name)
+
+    def _forget_old(self) -> None:
+        ended = [m for m in self.outgoing.values() if m.state.is_terminal]
+        for m in ended[: max(0, len(ended) - ENDED_IN_MEMORY)]:
+            del self.outgoing[m.id]
+        over = [i for i in self.incoming.values() if i.is_over]
+        for i in over[: max(0, len(over) - ENDED_IN_MEMORY)]:
+            del self.incoming[i.id]
+
+
+async def _guarded(work: Coroutine[Any, Any, None], name: str) -> None:
+    try:
+        await work
+    except Exception as exc:
+        log.error(
+            "a migration's task broke; restart migrd to take it up again", task=name, exc_info=exc
+        )

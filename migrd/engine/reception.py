@@ -1,0 +1,224 @@
+"""This host as the destination (and, for `source_view`, as the source) that peers talk to.
+
+Fulfils `peer_service.PeerService`. A message of an old epoch changes nothing; a repeated one is
+answered with how things stand.
+"""
+
+import asyncio
+import contextlib
+import secrets
+from typing import Final
+
+from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
+from migrd.core.handover import DestinationPhase, DestinationState
+from migrd.engine.incoming import Incoming
+from migrd.engine.memory import memory_available_bytes
+from migrd.engine.migrations import Migrations
+from migrd.engine.peer_service import PEER_PROTOCOL, HelloFacts
+from migrd.engine.ports import DestinationView, HostProfile, SourceView, StoredIncoming
+from migrd.errors import Conflict, MigrdError, NotFound, Unavailable, VmmError, VmmRefused
+
+DISCARD_S: Final = 5.0
+GRANT_ANSWER_S: Final = 2.0
+
+
+class Reception:
+    """What other hosts' migrd may ask of this one."""
+
+    def __init__(self, migrations: Migrations) -> None:
+        self._migrations = migrations
+        self._world = migrations.world
+        self._preparing = asyncio.Lock()
+
+    def hello(self) -> HelloFacts:
+        """Who answers."""
+        options = self._world.options
+        return HelloFacts(options.host, options.migrd_version)
+
+    def incoming_source(self, migration_id: str) -> str | None:
+        i = self._migrations.incoming.get(migration_id)
+        return None if i is None else i.stored.source
+
+    def outgoing_destination(self, migration_id: str) -> str | None:
+        m = self._migrations.outgoing.get(migration_id)
+        return None if m is None else m.stored.request.destination
+
+    # Before ---------------------------------------------------------------------------------
+
+    async def preflight(self, source: str, vm: VmSpec) -> HostProfile:
+        """What the source needs to know; changes nothing."""
+        world, migrations = self._world, self._migrations
+        refusals: list[tuple[str, str]] = []
+        version, digest = None, None
+        features: frozenset[str] = frozenset()
+        try:
+            digest = world.launcher.check(vm)
+            version, found = await world.launcher.probe(vm)
+            features = frozenset(feature.value for feature in found)
+        except MigrdError as exc:
+            refusals.append((exc.code, exc.message))
+        options = world.options
+        return HostProfile(
+            host=options.host,
+            migrd_version=options.migrd_version,
+            protocol=PEER_PROTOCOL,
+            qemu_version=version,
+            features=features,
+            launch_digest=digest,
+            incoming_slots_free=options.incoming_slots - migrations.incoming_active,
+            memory_available_bytes=await memory_available_bytes(),
+            vm_present=self._is_present(vm.name),
+            last_epoch=migrations.vms.last_epoch(vm.name),
+            tls=options.tls is not None,
+            refusals=tuple(refusals),
+        )
+
+    def _is_present(self, name: str) -> bool:
+        """A VM of this name is here, or its QEMU is, whatever it does."""
+        entry = self._migrations.vms.get(name)
+        if entry is None or entry.incoming:
+            return False
+        return entry.here or (entry.vmm is not None and not entry.vmm.is_dead)
+
+    async def prepare(
+        self,
+        source: str,
+        migration_id: str,
+        epoch: int,
+        vm: VmSpec,
+        settings: TransferSettings,
+    ) -> DestinationView:
+        """Store, launch, and answer with the address to send the guest to."""
+        async with self._preparing:  # two at once must not both pass the checks
+            i = self._migrations.incoming.get(migration_id)
+            if i is None:
+                await self._make_room(vm.name, epoch)
+                i = await self._store(source, migration_id, epoch, vm, settings)
+        deadline_s = self._world.options.prepare_deadline_s
+        async with asyncio.timeout(deadline_s + 1.0):
+            while i.state.phase is DestinationPhase.PREPARING:
+                await i.wait_newer(i.generation, 1.0)
+        return i.view()
+
+    async def _make_room(self, vm: str, epoch: int) -> None:
+        """Raises Conflict or Unavailable. An older attempt with the same VM is discarded."""
+        last_epoch = self._migrations.vms.last_epoch(vm)
+        if epoch <= last_epoch:
+            raise Conflict(
+                f"{vm} was seen here at epoch {last_epoch}; epoch {epoch} is an old one",
+                code="stale_epoch",
+            )
+        older = self._migrations.active_of(vm)
+        if isinstance(older, Incoming):
+            await _refused(older, f"superseded by a migration of epoch {epoch}")
+        if self._is_present(vm) or self._migrations.active_of(vm) is not None:
+            raise Conflict(f"a VM named {vm} is here already", code="vm_exists_at_destination")
+        if self._migrations.incoming_active >= self._world.options.incoming_slots:
+            raise Unavailable("no incoming slot is free", code="destination_full")
+
+    async def _store(
+        self,
+        source: str,
+        migration_id: str,
+        epoch: int,
+        vm: VmSpec,
+        settings: TransferSettings,
+    ) -> Incoming:
+        world = self._world
+        self._world.launcher.check(vm)
+        stored = StoredIncoming(
+            id=migration_id,
+            source=source,
+            spec=vm,
+            epoch=epoch,
+            instance=secrets.token_hex(4),
+            settings=settings,
+            created_wall_s=world.clock.wall_s(),
+        )
+        await world.journal.create_incoming(stored)
+        i = self._migrations.add_incoming(
+            stored, DestinationState(migration_id, epoch), world.peers.get(source)
+        )
+        self._migrations.begin_incoming(i)
+        return i
+
+    # During ---------------------------------------------------------------------------------
+
+    async def view(
+        self, source: str, migration_id: str, *, newer_than: int, wait_s: float
+    ) -> DestinationView:
+        """This side now, or as soon as it is newer."""
+        i = self._known(migration_id)
+        i.heard()
+        try:
+            return await i.wait_newer(newer_than, wait_s)
+        finally:
+            i.heard()
+
+    async def grant(
+        self, source: str, migration_id: str, epoch: int, *, run_guest: bool
+    ) -> DestinationView:
+        """GRANT: answered when the guest runs, or when it is plain that it will not."""
+        i = self._known(migration_id)
+        self._check_epoch(i, epoch)
+        i.heard()
+        i.grant(run_guest)
+        try:
+            async with asyncio.timeout(GRANT_ANSWER_S):
+                while not i.is_settled:
+                    await i.wait_newer(i.generation, GRANT_ANSWER_S)
+        except TimeoutError:
+            pass  # the view says how far it is; the source asks again
+        return i.view()
+
+    async def discard(
+        self, source: str, migration_id: str, epoch: int, reason: str
+    ) -> DestinationView:
+        """Never to be granted: refuse."""
+        i = self._known(migration_id)
+        self._check_epoch(i, epoch)
+        await _refused(i, f"{source}: {reason}")
+        return i.view()
+
+    async def listen_for_recovery(self, source: str, migration_id: str) -> TransferAddress:
+        """Postcopy is broken: pause (it may be already), and listen again."""
+        i = self._known(migration_id)
+        if i.vmm is None:
+            raise Conflict("its QEMU is gone", code="vmm_died")
+        with contextlib.suppress(VmmRefused):  # paused already
+            await i.vmm.pause_postcopy()
+        try:
+            return await i.vmm.listen_for_recovery(self._world.options.listen_host)
+        except VmmError as exc:
+            raise Unavailable(exc.message, code=exc.code) from exc
+
+    async def source_view(self, destination: str, migration_id: str) -> SourceView:
+        """This host's side of a migration away."""
+        m = self._migrations.outgoing.get(migration_id)
+        if m is None:
+            raise NotFound(f"migration {migration_id} is not known here")
+        return SourceView(m.id, m.state.epoch, m.state.phase.value)
+
+    def _known(self, migration_id: str) -> Incoming:
+        try:
+            return self._migrations.incoming[migration_id]
+        except KeyError:
+            raise NotFound(f"migration {migration_id} is not known here") from None
+
+    def _check_epoch(self, i: Incoming, epoch: int) -> None:
+        if epoch != i.state.epoch:
+            raise Conflict(
+                f"migration {i.id} has epoch {i.state.epoch}, the message {epoch}",
+                code="stale_epoch",
+            )
+
+
+async def _refused(i: Incoming, reason: str) -> None:
+    """Ask for its refusal and wait until it is settled one way or the other."""
+    i.want_refusal(reason)
+    try:
+        async with asyncio.timeout(DISCARD_S):
+            while i.state.may_refuse:
+                await i.wait_newer(i.generation, DISCARD_S)
+    except TimeoutError:
+        pass  # the view says how far it is

@@ -1,0 +1,436 @@
+"""The engine, as its clients see it: admission, lookup, and nothing that a migration's task does.
+
+Fulfils `service.Service`. A wish about a migration is judged by the core
+(`core.migration.admit_*`) and handed to the migration's owner task; the answer says what became of
+it: queued, already so, or denied with a named reason.
+"""
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import fields
+from typing import Any, Final
+
+import structlog
+
+from migrd.core.convergence import Decision, Estimate, Verdict
+from migrd.core.facts import Round, VmSpec
+from migrd.core.migration import (
+    Admission,
+    Cause,
+    Mode,
+    Policy,
+    Refusal,
+    Request,
+    admit_cancel,
+    admit_policy,
+    admit_switchover,
+    begin,
+)
+from migrd.core.phases import Phase, Trigger
+from migrd.engine import views
+from migrd.engine.host import HostFacts
+from migrd.engine.migrations import QUEUE_LIMIT, Migrations
+from migrd.engine.outgoing import Outgoing
+from migrd.engine.ports import Peer, StoredRequest, Vmm
+from migrd.engine.prepare import judge
+from migrd.engine.service import (
+    Answer,
+    Check,
+    HostView,
+    MigrationView,
+    PlanView,
+    Published,
+    Resolution,
+    VmView,
+)
+from migrd.engine.vms import Entry, VmTable
+from migrd.errors import Conflict, Invalid, NotFound, Unavailable, Violation, VmmDied
+
+log = structlog.get_logger(__name__)
+
+STOP_S: Final = 30.0
+
+
+class Registry:
+    """Service over the VM table and the migrations."""
+
+    def __init__(self, migrations: Migrations, host: HostFacts) -> None:
+        self._migrations = migrations
+        self._world = migrations.world
+        self._vms: VmTable = migrations.vms
+        self._host = host
+        self._creating = asyncio.Lock()
+
+    # Host -------------------------------------------------------------------------------------
+
+    def host(self) -> HostView:
+        return self._host.view(self._migrations)
+
+    def readiness(self) -> Sequence[Check]:
+        return self._host.readiness(self._migrations)
+
+    # VMs --------------------------------------------------------------------------------------
+
+    def vms(self) -> tuple[int, Sequence[VmView]]:
+        version = self._world.stream.resource_version
+        return version, [views.of_vm(entry, self._world) for entry in self._vms.all()]
+
+    def vm(self, name: str) -> VmView:
+        return views.of_vm(self._vms.require(name), self._world)
+
+    async def define_vm(self, spec: VmSpec, *, dry_run: bool) -> tuple[VmView, bool]:
+        """A new VM from a profile, or the profile of an adopted one."""
+        if spec.profile is not None:
+            self._world.launcher.check(spec)
+        entry = self._vms.get(spec.name)
+        if entry is None and spec.profile is None:
+            raise Invalid(
+                f"{spec.name} has no profile",
+                [Violation("profile", "missing", "name a launch profile of this host")],
+            )
+        self._check_definable(entry, spec)
+        if dry_run:
+            shown = Entry(spec) if entry is None else entry
+            return views.of_vm(shown, self._world), entry is None
+        created = entry is None
+        if entry is None:
+            entry = Entry(spec, epoch=self._vms.last_epoch(spec.name))
+        else:
+            entry.spec = spec
+        await self._world.journal.put_vm(entry.stored())
+        self._vms.put(entry)
+        return views.of_vm(entry, self._world), created
+
+    def _check_definable(self, entry: Entry | None, spec: VmSpec) -> None:
+        if entry is None or entry.spec == spec:
+            return
+        if entry.migration_id is not None:
+            raise Conflict(
+                f"{spec.name} is being migrated ({entry.migration_id})", code="already_migrating"
+            )
+        launched = entry.vmm is not None and not entry.vmm.is_dead and entry.managed
+        if launched:
+            raise Conflict(
+                f"{spec.name} runs as profile {entry.spec.profile} with other parameters: stop it "
+                "before it is defined anew",
+                code="vm_running",
+            )
+
+    async def forget_vm(self, name: str) -> None:
+        entry = self._vms.require(name)
+        if self._migrations.active_of(name) is not None:
+            raise Conflict(f"{name} is being migrated", code="already_migrating")
+        if entry.vmm is not None and not entry.vmm.is_dead:
+            raise Conflict(f"{name} has a running QEMU: stop it first", code="vm_running")
+        vmm = entry.vmm
+        await self._world.journal.delete_vm(name)
+        self._vms.remove(name)
+        if vmm is not None:
+            await self._world.launcher.forget(vmm)
+
+    async def start_vm(self, name: str) -> VmView:
+        entry = self._vms.require(name)
+        if entry.vmm is not None and not entry.vmm.is_dead:
+            return views.of_vm(entry, self._world)
+        self._check_startable(entry)
+        entry.starting = True
+        old = entry.vmm
+        try:
+            self._vms.detach(entry)
+            if old is not None:
+                await self._world.launcher.forget(old)
+            vmm = await self._world.launcher.launch(
+                entry.spec, secrets.token_hex(4), incoming=False
+            )
+        except VmmDied as exc:
+            raise Conflict(exc.message, code="launch_failed") from exc
+        finally:
+            entry.starting = False
+        entry.vmm, entry.managed, entry.here = vmm, True, True
+        await self._world.journal.put_vm(entry.stored())
+        self._vms.watch(entry)
+        await self._vms.look(entry)
+        self._vms.changed(entry)
+        return views.of_vm(entry, self._world)
+
+    def _check_startable(self, entry: Entry) -> None:
+        name = entry.spec.name
+        if self._migrations.active_of(name) is not None or entry.incoming:
+            raise Conflict(f"{name} is being migrated", code="already_migrating")
+        if not entry.here:
+            raise Conflict(
+                f"{name} has moved away from this host: a second copy is never started. When it is "
+                "proven gone there, forget it here (DELETE) and define it anew",
+                code="vm_departed",
+            )
+        if entry.spec.profile is None:
+            raise Conflict(f"{name} was not launched by migrd", code="vm_adopted")
+        if entry.starting:
+            raise Conflict(f"{name} is being started", code="already_starting")
+
+    async def stop_vm(self, name: str) -> VmView:
+        entry = self._vms.require(name)
+        if self._migrations.active_of(name) is not None:
+            raise Conflict(
+                f"{name} is being migrated ({entry.migration_id}): cancel that first",
+                code="already_migrating",
+            )
+        if entry.vmm is not None and not entry.vmm.is_dead:
+            try:
+                async with asyncio.timeout(STOP_S):
+                    await entry.vmm.quit()
+            except TimeoutError:
+                raise Unavailable(f"{name} has not ended yet", code="stop_timed_out") from None
+        vmm = entry.vmm
+        self._vms.detach(entry)
+        await self._world.journal.put_vm(entry.stored())
+        if vmm is not None:
+            await self._world.launcher.forget(vmm)
+        self._vms.changed(entry)
+        return views.of_vm(entry, self._world)
+
+    # Migrations: asking for one -------------------------------------------------------------
+
+    async def plan(self, request: Request) -> PlanView:
+        """What a migration would meet; touches nothing."""
+        entry, vmm, peer = self._parties(request)
+        refusals: list[Refusal] = []
+        active = self._migrations.active_of(request.vm)
+        if active is not None:
+            refusals.append(
+                Refusal("already_migrating", f"migration {active.id} is going on", "wait for it")
+            )
+        async with asyncio.timeout(self._world.options.preflight_deadline_s):
+            result, facts, _ = await judge(self._world, request, entry.spec, entry.epoch, vmm, peer)
+        refusals += result.refusals
+        free = facts is not None and not facts.passthrough_devices
+        return PlanView(
+            vm=request.vm,
+            destination=request.destination,
+            possible=not refusals,
+            refusals=tuple(refusals),
+            warnings=result.warnings,
+            memory_bytes=None if facts is None else facts.memory_bytes,
+            mode_choices=(Mode.PRECOPY, Mode.POSTCOPY) if free else (Mode.PRECOPY,),
+        )
+
+    def _parties(self, request: Request) -> tuple[Entry, Vmm, Peer]:
+        """Raises NotFound, Invalid or Conflict with a named reason."""
+        entry = self._vms.require(request.vm)
+        if request.destination == self._world.options.host:
+            raise Invalid(
+                "the destination is this host",
+                [Violation("destination", "destination_is_source", "name another host")],
+            )
+        peer = self._world.peers.get(request.destination)
+        if peer is None:
+            roster = ", ".join(sorted(self._world.peers)) or "it is empty"
+            raise NotFound(
+                f"no host named {request.destination} is in the roster ({roster})",
+                code="unknown_destination",
+            )
+        if entry.incoming:
+            raise Conflict(f"{request.vm} is on its way to this host", code="vm_incoming")
+        if not entry.here:
+            raise Conflict(f"{request.vm} is not on this host any more", code="vm_departed")
+        if entry.vmm is None or entry.vmm.is_dead:
+            raise Conflict(
+                f"{request.vm} does not run: there is nothing to move", code="vm_stopped"
+            )
+        return entry, entry.vmm, peer
+
+    async def create_migration(
+        self, request: Request, *, idempotency_key: str | None, body_digest: str
+    ) -> tuple[MigrationView, bool]:
+        async with self._creating:
+            before = await self._same_key(idempotency_key, body_digest)
+            if before is not None:
+                return before, False
+            entry, vmm, peer = self._parties(request)
+            active = self._migrations.active_of(request.vm)
+            if active is not None:
+                raise Conflict(
+                    f"{request.vm} is being migrated already (migration {active.id})",
+                    code="already_migrating",
+                )
+            if len(self._migrations.pending) >= QUEUE_LIMIT:
+                raise Unavailable(f"{QUEUE_LIMIT} migrations wait already", code="queue_full")
+            m = await self._create(request, entry, vmm, peer, idempotency_key, body_digest)
+        return views.of_outgoing(m, self._queue_position(m)), True
+
+    async def _same_key(self, key: str | None, digest: str) -> MigrationView | None:
+        found = None if key is None else await self._world.journal.find_key(key)
+        if found is None:
+            return None
+        migration_id, stored_digest = found
+        if stored_digest != digest:
+            raise Invalid(
+                f"Idempotency-Key {key} was used for another request (migration {migration_id})",
+                code="idempotency_key_reused",
+            )
+        return self.migration(migration_id)
+
+    async def _create(
+        self,
+        request: Request,
+        entry: Entry,
+        vmm: Vmm,
+        peer: Peer,
+        key: str | None,
+        digest: str,
+    ) -> Outgoing:
+        clock = self._world.clock
+        stored = StoredRequest(
+            id=str(uuid.uuid4()),
+            request=request,
+            spec=entry.spec,
+            epoch=self._vms.last_epoch(request.vm) + 1,
+            created_wall_s=clock.wall_s(),
+            created_monotonic_s=clock.monotonic_s(),
+            idempotency_key=key,
+            body_digest=digest,
+        )
+        await self._world.journal.create_outgoing(stored)
+        state = begin(
+            stored.id, request, stored.epoch, stored.created_wall_s, stored.created_monotonic_s
+        )
+        m = self._migrations.add_outgoing(stored, state, vmm, peer)
+        self._migrations.begin_outgoing(m)
+        m.log.info("migration requested", destination=request.destination, by=request.requested_by)
+        return m
+
+    def _queue_position(self, m: Outgoing) -> int | None:
+        if m.state.phase is not Phase.PENDING:
+            return None
+        return self._migrations.pending.index(m) + 1
+
+    # Migrations: looking ----------------------------------------------------------------------
+
+    def migrations(self) -> tuple[int, Sequence[MigrationView]]:
+        all_ = [views.of_outgoing(m, None) for m in self._migrations.outgoing.values()]
+        all_ += [views.of_incoming(i) for i in self._migrations.incoming.values()]
+        all_.sort(key=lambda view: view.created_wall_s, reverse=True)
+        return self._world.stream.resource_version, all_
+
+    def migration(self, migration_id: str) -> MigrationView:
+        i = self._migrations.incoming.get(migration_id)
+        if i is not None:
+            return views.of_incoming(i)
+        m = self._migrations.require_outgoing(migration_id)
+        return views.of_outgoing(m, self._queue_position(m))
+
+    async def wait_newer(self, resource_version: int, *, within_s: float) -> int:
+        return await self._world.stream.wait_newer(resource_version, within_s=within_s)
+
+    async def rounds(self, migration_id: str) -> Sequence[Round]:
+        m = self._migrations.outgoing.get(migration_id)
+        if m is None:
+            self.migration(migration_id)  # NotFound, or an incoming one: it has no rounds
+            return ()
+        first = m.rounds[0].number if m.rounds else None
+        rows = await self._world.journal.observations(migration_id, "round")
+        kept = [as_round(row) for row in rows]
+        return [r for r in kept if first is None or r.number < first] + list(m.rounds)
+
+    async def decisions(self, migration_id: str) -> Sequence[Decision]:
+        m = self._migrations.outgoing.get(migration_id)
+        if m is None:
+            self.migration(migration_id)
+            return ()
+        first = m.decisions[0].at_s if m.decisions else None
+        rows = await self._world.journal.observations(migration_id, "decision")
+        kept = [as_decision(row) for row in rows]
+        return [d for d in kept if first is None or d.at_s < first] + list(m.decisions)
+
+    def events(
+        self, *, after_id: int | None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Published]]:
+        return self._world.stream.events(after_id=after_id)
+
+    # Migrations: wishes -------------------------------------------------------------------------
+
+    async def cancel(self, migration_id: str, *, by: str) -> Answer:
+        m = self._outgoing_only(migration_id)
+        admission, reason = admit_cancel(m.state)
+        if admission is Admission.QUEUED and m.cancel_wished:
+            admission = Admission.ALREADY_SO
+        if admission is Admission.QUEUED:
+            cause = Cause("cancelled", f"cancelled by {by}")
+            self._hand_over(m, m.event(Trigger.CANCEL_REQUESTED, cause=cause))
+        return self._answer(m, admission, reason)
+
+    async def switch_over(self, migration_id: str, *, by: str) -> Answer:
+        m = self._outgoing_only(migration_id)
+        admission, reason = admit_switchover(m.state)
+        if admission is Admission.QUEUED:
+            m.log.info("switchover forced", by=by)
+            self._hand_over(m, m.event(Trigger.SWITCHOVER_FORCED))
+        return self._answer(m, admission, reason)
+
+    async def change_policy(self, migration_id: str, policy: Policy, *, by: str) -> Answer:
+        m = self._outgoing_only(migration_id)
+        admission, reason = admit_policy(m.state)
+        if admission is Admission.QUEUED and policy == m.state.policy:
+            admission = Admission.ALREADY_SO
+        if admission is Admission.QUEUED:
+            m.log.info("policy changed", by=by)
+            self._hand_over(m, m.event(Trigger.POLICY_CHANGED, policy=policy))
+        return self._answer(m, admission, reason)
+
+    async def resolve(
+        self, migration_id: str, resolution: Resolution, *, evidence: str, by: str
+    ) -> Answer:
+        m = self._outgoing_only(migration_id)
+        if m.state.phase is not Phase.NEEDS_OPERATOR:
+            return self._answer(m, Admission.DENIED, "not_needs_operator")
+        trigger = {
+            Resolution.DESTINATION_FENCED: Trigger.DESTINATION_REFUSED,
+            Resolution.DESTINATION_RUNS: Trigger.DESTINATION_RAN,
+            Resolution.GUEST_LOST: Trigger.GUEST_DIED,
+        }[resolution]
+        if trigger is not Trigger.GUEST_DIED and not m.state.granted:
+            return self._answer(m, Admission.DENIED, "not_granted")
+        m.log.warning("resolved by an operator", resolution=resolution, by=by, evidence=evidence)
+        said = Cause(f"operator_{resolution.value}", f"{by} says {resolution.value}: {evidence}")
+        self._hand_over(m, m.event(trigger, cause=said))
+        return self._answer(m, Admission.QUEUED, "resolved")
+
+    def _outgoing_only(self, migration_id: str) -> Outgoing:
+        i = self._migrations.incoming.get(migration_id)
+        if i is not None:
+            raise Conflict(
+                f"this host is the destination of {migration_id}: ask {i.stored.source}",
+                code="not_the_source",
+            )
+        return self._migrations.require_outgoing(migration_id)
+
+    def _hand_over(self, m: Outgoing, event: Any) -> None:
+        if not m.wish(event):
+            raise Unavailable(f"migration {m.id} has too many wishes waiting", code="busy")
+
+    def _answer(self, m: Outgoing, admission: Admission, reason: str) -> Answer:
+        message = f"migration {m.id} is {m.state.phase.value}"
+        return Answer(admission, reason, message, views.of_outgoing(m, self._queue_position(m)))
+
+
+def as_round(row: Mapping[str, Any]) -> Round:
+    """A round as it was kept; what an older or newer migrd kept besides is left out."""
+    known = {field.name for field in fields(Round)}
+    return Round(**{name: value for name, value in row.items() if name in known})
+
+
+def as_decision(row: Mapping[str, Any]) -> Decision:
+    """A decision as it was kept."""
+    guess = row.get("estimate") or {}
+    return Decision(
+        verdict=Verdict(row["verdict"]),
+        reason=row["reason"],
+        message=row["message"],
+        round_number=row["round_number"],
+        at_s=row["at_s"],
+        estimate=Estimate(**guess),
+        throttle_percent=row.get("throttle_percent"),
+    )
