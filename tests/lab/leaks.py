@@ -27,3 +27,12 @@ def sockets_below(directory: Path) -> list[str]:
     with open("/proc/net/unix") as table:
         names = [line.split()[-1] for line in table if "/" in line]
     return sorted({name for name in names if name.startswith(f"{directory}/")})
+
+
+def open_files() -> dict[int, str]:
+    """What this process holds open now, by file descriptor."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the descriptor of this very listing
+            found[int(entry.name)] = str(entry.readlink())
+    return found
