@@ -1,0 +1,83 @@
+"""The wire models, in one place for those who use the API from Python.
+
+wire               what all of them share
+models_host        this host, VMs, readiness, events
+models_migration   what is asked of migrations
+models_progress    how a migration stands
+problems           problem details
+"""
+
+from migrd.api.models_host import (
+    Check,
+    Event,
+    Health,
+    Host,
+    Peer,
+    Readiness,
+    Vm,
+    VmDefinition,
+    VmFacts,
+    VmList,
+)
+from migrd.api.models_migration import (
+    ActionAnswer,
+    Defaults,
+    MigrationRequest,
+    Plan,
+    PlanRequest,
+    PolicyChange,
+    PolicyRequest,
+    ResolveRequest,
+)
+from migrd.api.models_progress import (
+    Condition,
+    Decision,
+    DecisionList,
+    Estimate,
+    Migration,
+    MigrationList,
+    Policy,
+    Progress,
+    Refusal,
+    Round,
+    RoundList,
+    TimelineEntry,
+)
+from migrd.api.problems import Problem
+from migrd.api.wire import NAME_PATTERN, WireModel
+
+__all__ = [
+    "NAME_PATTERN",
+    "ActionAnswer",
+    "Check",
+    "Condition",
+    "Decision",
+    "DecisionList",
+    "Defaults",
+    "Estimate",
+    "Event",
+    "Health",
+    "Host",
+    "Migration",
+    "MigrationList",
+    "MigrationRequest",
+    "Peer",
+    "Plan",
+    "PlanRequest",
+    "Policy",
+    "PolicyChange",
+    "PolicyRequest",
+    "Problem",
+    "Progress",
+    "Readiness",
+    "Refusal",
+    "ResolveRequest",
+    "Round",
+    "RoundList",
+    "TimelineEntry",
+    "Vm",
+    "VmDefinition",
+    "VmFacts",
+    "VmList",
+    "WireModel",
+]

@@ -1,0 +1,241 @@
+"""Wire models of this host, its VMs, readiness, and events."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Self
+
+from pydantic import ConfigDict, Field, JsonValue, PlainValidator, WithJsonSchema
+
+from migrd.api.wire import At, Name, WireModel, at, at_or_none, ms
+from migrd.core import facts
+from migrd.engine import service
+
+MAX_PARAMETERS: Final = 64
+MAX_PARAMETER_TEXT: Final = 1024
+
+
+def _parameter(given: Any) -> str | int | bool:
+    """A string, an integer of 64 bits, or a boolean, and never one taken for the other."""
+    if isinstance(given, bool):
+        return given
+    if isinstance(given, int):
+        if -(2**63) <= given < 2**63:
+            return given
+        raise ValueError("should be an integer of at most 64 bits")
+    if isinstance(given, str):
+        if len(given) <= MAX_PARAMETER_TEXT and "\0" not in given:
+            return given
+        raise ValueError(f"should be text of at most {MAX_PARAMETER_TEXT} characters, without NUL")
+    raise ValueError("should be a string, an integer, or true or false")
+
+
+ParameterName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")]
+Parameter = Annotated[
+    str | int | bool,
+    PlainValidator(_parameter),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "maxLength": MAX_PARAMETER_TEXT, "pattern": r"^[^\x00]*$"},
+                {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+                {"type": "boolean"},
+            ]
+        }
+    ),
+]
+
+
+class Peer(WireModel):
+    """Another host of the roster."""
+
+    name: str
+    url: str
+    up: bool | None
+    """null: not asked yet."""
+    checked_at: At | None
+    error: str | None
+    migrd_version: str | None
+
+    @classmethod
+    def of(cls, view: service.PeerView) -> Self:
+        return cls(
+            name=view.name,
+            url=view.url,
+            up=view.up,
+            checked_at=at_or_none(view.checked_wall_s),
+            error=view.error,
+            migrd_version=view.migrd_version,
+        )
+
+
+class Host(WireModel):
+    """This host."""
+
+    name: str
+    migrd_version: str
+    booted_at: At
+    qemu_binaries: Mapping[str, str | None]
+    """Launch profile -> the version of its QEMU; null where it cannot be asked."""
+    profiles: tuple[str, ...]
+    outgoing_slots: int
+    outgoing_active: int
+    incoming_slots: int
+    incoming_active: int
+    memory_available_bytes: int | None
+    all_iommus_track_dirty: bool | None
+    """Whether every IOMMU of this host can track dirty pages; null: not known."""
+    tls: bool
+    """Whether the stream of guest memory is encrypted."""
+    vms: int
+    peers: tuple[Peer, ...]
+
+    @classmethod
+    def of(cls, view: service.HostView) -> Self:
+        return cls(
+            name=view.name,
+            migrd_version=view.migrd_version,
+            booted_at=at(view.boot_wall_s),
+            qemu_binaries=dict(view.qemu_binaries),
+            profiles=tuple(view.profiles),
+            outgoing_slots=view.outgoing_slots,
+            outgoing_active=view.outgoing_active,
+            incoming_slots=view.incoming_slots,
+            incoming_active=view.incoming_active,
+            memory_available_bytes=view.memory_available_bytes,
+            all_iommus_track_dirty=view.all_iommus_track_dirty,
+            tls=view.tls,
+            vms=view.vms,
+            peers=tuple(Peer.of(peer) for peer in view.peers),
+        )
+
+
+class VmDefinition(WireModel):
+    """A VM as it is to be: a launch profile of the administrator, filled in. For an adopted VM it
+    names the profile that a destination would launch."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"profile": "small", "parameters": {"memory_mib": 512, "vcpus": 2}}]
+        }
+    )
+
+    profile: Name
+    parameters: Annotated[
+        Mapping[ParameterName, Parameter], Field(max_length=MAX_PARAMETERS, default_factory=dict)
+    ]
+
+    def spec(self, vm: str) -> facts.VmSpec:
+        return facts.VmSpec(name=vm, profile=self.profile, parameters=dict(self.parameters))
+
+
+class VmFacts(WireModel):
+    """What its QEMU says of itself."""
+
+    run_state: str
+    """QEMU's own word (RunState)."""
+    qemu_status: str
+    """QEMU's own word (MigrationStatus)."""
+    qemu_version: str
+    """For people: what it can do is in `features`."""
+    machine_type: str | None
+    memory_bytes: int | None
+    features: tuple[str, ...]
+    passthrough_devices: tuple[str, ...]
+    """VFIO devices; not empty means: no postcopy."""
+    blocked_reasons: tuple[str, ...]
+    """QEMU's own reasons not to migrate."""
+
+    @classmethod
+    def of(cls, known: facts.VmFacts) -> Self:
+        return cls(
+            run_state=str(known.run_state),
+            qemu_status=str(known.qemu_status),
+            qemu_version=known.qemu_version,
+            machine_type=known.machine_type,
+            memory_bytes=known.memory_bytes,
+            features=tuple(sorted(str(feature) for feature in known.features)),
+            passthrough_devices=tuple(known.passthrough_devices),
+            blocked_reasons=tuple(known.blocked_reasons),
+        )
+
+
+class Vm(WireModel):
+    """One VM as this host knows it."""
+
+    name: str
+    resource_version: int
+    """Also the ETag."""
+    profile: str | None
+    """null: adopted, and nobody has named its profile."""
+    parameters: Mapping[str, Parameter]
+    managed: bool
+    """Launched by migrd from a profile; else adopted."""
+    state: str
+    """running, paused, stopped, incoming, departed, unreachable, dead, or QEMU's own word."""
+    facts: VmFacts | None
+    facts_age_ms: float | None
+    epoch: int
+    migration_id: str | None
+    """The migration going on, on either side."""
+    pid: int | None
+    serial_path: str | None
+
+    @classmethod
+    def of(cls, view: service.VmView) -> Self:
+        return cls(
+            name=view.name,
+            resource_version=view.resource_version,
+            profile=view.spec.profile,
+            parameters=dict(view.spec.parameters),
+            managed=view.managed,
+            state=view.state,
+            facts=None if view.facts is None else VmFacts.of(view.facts),
+            facts_age_ms=ms(view.facts_age_s),
+            epoch=view.epoch,
+            migration_id=view.migration_id,
+            pid=view.pid,
+            serial_path=view.serial_path,
+        )
+
+
+class VmList(WireModel):
+    """VMs by name."""
+
+    resource_version: int
+    """Hand it back with `watch` to wait for anything newer."""
+    items: tuple[Vm, ...]
+    next_page_token: str | None
+
+
+class Health(WireModel):
+    """The daemon's event loop answers."""
+
+    status: str
+
+
+class Check(WireModel):
+    """One line of readiness."""
+
+    name: str
+    ok: bool
+    message: str
+
+
+class Readiness(WireModel):
+    """The daemon can do its work; when it cannot, the answer is a problem with status 503."""
+
+    ready: bool
+    checks: tuple[Check, ...]
+
+
+class Event(WireModel):
+    """The `data` of one server-sent event; `id` and `kind` are also its `id` and `event` lines."""
+
+    id: int
+    at: At
+    kind: str
+    """migration.phase, migration.round, migration.decision, vm.changed, peer.changed, events.lost;
+    new kinds may come."""
+    vm: str | None
+    migration_id: str | None
+    body: Mapping[str, JsonValue]
+    """Figures of the event; quantities carry their unit in their names."""

@@ -1,0 +1,272 @@
+"""What a route is: one declaration that documents, checks and calls.
+
+    @route("GET", "/v1/migrations/{migration_id}", ...)
+    async def get_migration(call, path: MigrationPath, query: WatchQuery) -> Reply: ...
+
+The models of `path`, `query`, `headers` and `body` are read from the function's annotations: the
+same models check the request here and are written into the OpenAPI document, so neither can be
+wrong about the other. All parts are checked before the function is called, and everything that is
+wrong with any of them is reported together.
+"""
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cache
+from typing import Any, Final, TypeAlias, get_type_hints
+
+from aiohttp import web
+from pydantic import TypeAdapter
+
+from migrd.api.auth import Gate, Identity, Scope
+from migrd.api.bodies import Violations, check_media_type, parse, parse_strings, read_body
+from migrd.api.models_migration import Defaults
+from migrd.api.problems import TimedOut
+from migrd.api.wire import WireModel
+from migrd.engine.service import Service
+from migrd.errors import Invalid, Violation
+
+JSON_TYPE: Final = "application/json"
+MetricsSnapshot: TypeAlias = Callable[[], tuple[bytes, str, str]]
+"""(rendered metrics, their content type, an opaque word that changes with them)."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may cost."""
+
+    body_limit_bytes: int = 64 * 1024
+    body_within_s: float = 10.0
+    head_within_s: float = 10.0
+    """From the first byte of a request to the end of its head."""
+    answer_within_s: float = 60.0
+    """For one call into the engine; long polls add what they wait."""
+    keepalive_s: float = 75.0
+    """An idle connection is closed after so long (longer than common proxies keep theirs)."""
+    unread_within_s: float = 60.0
+    """A client that takes nothing of what is sent for so long is cut off."""
+    max_connections: int = 512
+    max_streams: int = 64
+    """Event streams at one time."""
+    heartbeat_s: float = 15.0
+    shutdown_within_s: float = 5.0
+
+
+@dataclass
+class Site:
+    """What the calls work on: one for each application."""
+
+    service: Service
+    metrics: MetricsSnapshot
+    defaults: Defaults
+    limits: Limits
+    gate: Gate
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set at shutdown: streams and long polls end."""
+    streams: int = 0
+    openapi: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, identified and checked."""
+
+    site: Site
+    request: web.Request
+    by: Identity
+
+    @property
+    def service(self) -> Service:
+        return self.site.service
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, ready to be sent."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = JSON_TYPE
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def response(self) -> web.Response:
+        # a fresh object: aiohttp writes into it
+        headers = {"Content-Type": self.content_type, **self.headers} if self.body else self.headers
+        return web.Response(status=self.status, body=self.body or None, headers=headers)
+
+
+@cache
+def _adapter(kind: type[WireModel]) -> TypeAdapter[WireModel]:
+    return TypeAdapter(kind)
+
+
+def to_json(model: WireModel) -> bytes:
+    """One pass from objects to bytes, without a dict in between."""
+    return _adapter(type(model)).dump_json(model)
+
+
+def reply(model: WireModel, status: int = 200, **headers: str) -> Reply:
+    """`model` as the answer; header names with `_` for `-`."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Reply(status, to_json(model), headers=named)
+
+
+class Tag(StrEnum):
+    """Groups of routes in the document."""
+
+    HOST = "host"
+    VMS = "vms"
+    MIGRATIONS = "migrations"
+    EVENTS = "events"
+    SERVICE = "service"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One good answer of a route, for the document."""
+
+    meaning: str
+    model: type[WireModel] | None = None
+    content_type: str = JSON_TYPE
+    headers: tuple[str, ...] = ()
+
+
+Function: TypeAlias = Callable[..., Awaitable[Reply | web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One method on one path."""
+
+    method: str
+    path: str
+    tag: Tag
+    scope: Scope
+    answers: Mapping[int, Answer]
+    problems: tuple[int, ...]
+    """Statuses this route adds to those that every route may answer."""
+    function: Function
+    path_model: type[WireModel] | None
+    query_model: type[WireModel] | None
+    headers_model: type[WireModel] | None
+    body_model: type[WireModel] | None
+    is_stream: bool
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    async def call(self, call: Call) -> web.StreamResponse:
+        """Check all parts, call the function, send what it answers."""
+        arguments = await self._arguments(call)
+        if self.is_stream:
+            answer = await self.function(call, **arguments)
+        else:
+            waits_s = float(getattr(arguments.get("query"), "timeout_s", 0.0) or 0.0)
+            try:
+                async with asyncio.timeout(call.site.limits.answer_within_s + waits_s):
+                    answer = await self.function(call, **arguments)
+            except TimeoutError as error:
+                raise TimedOut(
+                    f"no end within {call.site.limits.answer_within_s:g} s; it may or may not have "
+                    "taken effect: look before you ask again"
+                ) from error
+        return answer.response() if isinstance(answer, Reply) else answer
+
+    async def _arguments(self, call: Call) -> dict[str, WireModel]:
+        arguments: dict[str, WireModel] = {}
+        wrong: list[Violation] = []
+
+        def take(name: str, parsed: Callable[[], WireModel]) -> None:
+            try:
+                arguments[name] = parsed()
+            except Violations as found:
+                wrong.extend(found.violations)
+
+        request = call.request
+        body = await self._body(call)
+        if path_model := self.path_model:
+            segments = list(request.match_info.items())
+            take("path", lambda: parse_strings(path_model, segments, "the path's"))
+        query_model = self.query_model or NoQuery
+        queries = list(request.query.items())
+        take("query", lambda: parse_strings(query_model, queries, "parameter"))
+        if headers_model := self.headers_model:
+            headers = _known_headers(headers_model, request)
+            take("headers", lambda: parse_strings(headers_model, headers, "header"))
+        if body_model := self.body_model:
+            take("body", lambda: parse(body_model, body))
+        if wrong:
+            raise Invalid(_summary(wrong), wrong)
+        if self.query_model is None:
+            del arguments["query"]
+        return arguments
+
+    async def _body(self, call: Call) -> bytes:
+        """The body where one is wanted; any other is read away only to keep the framing."""
+        if self.body_model is None:
+            return b""
+        check_media_type(call.request)
+        limits = call.site.limits
+        return await read_body(
+            call.request, limit_bytes=limits.body_limit_bytes, within_s=limits.body_within_s
+        )
+
+
+class NoQuery(WireModel):
+    """For routes that take no parameters: any is an error, not something silently ignored."""
+
+
+def _summary(wrong: list[Violation]) -> str:
+    first = wrong[0].message
+    return first if len(wrong) == 1 else f"{first} (and {len(wrong) - 1} more: see violations)"
+
+
+def _known_headers(model: type[WireModel], request: web.Request) -> list[tuple[str, str]]:
+    names = {(f.alias or name).lower(): f.alias or name for name, f in model.model_fields.items()}
+    return [
+        (names[key.lower()], value)
+        for key, value in request.headers.items()
+        if key.lower() in names
+    ]
+
+
+ROUTES: Final[list[Route]] = []
+"""Every route there is, in the order of the document."""
+
+
+def route(
+    method: str,
+    path: str,
+    *,
+    tag: Tag,
+    scope: Scope,
+    answers: Mapping[int, Answer],
+    problems: tuple[int, ...] = (),
+) -> Callable[[Function], Function]:
+    """Declare a route; the function's docstring is its documentation."""
+
+    def declare(function: Function) -> Function:
+        hints: dict[str, Any] = get_type_hints(function)
+        assert inspect.getdoc(function), f"{function.__name__} says nothing"
+        ROUTES.append(
+            Route(
+                method=method,
+                path=path,
+                tag=tag,
+                scope=scope,
+                answers=answers,
+                problems=problems,
+                function=function,
+                path_model=hints.get("path"),
+                query_model=hints.get("query"),
+                headers_model=hints.get("headers"),
+                body_model=hints.get("body"),
+                is_stream=hints["return"] is web.StreamResponse,
+            )
+        )
+        return function
+
+    return declare
