@@ -36,6 +36,7 @@ from migrd.demo.image import cache_dir
 
 BACKPORTS = "-backports"
 _LIB = "usr/lib/x86_64-linux-gnu"
+_OS_RELEASE = Path("/etc/os-release")
 _ENTRY = "$(SITE) $(RELEASE) $(CODENAME) $(COMPONENT)"
 # --reinstall: a package that is installed in this very version is needed here too.
 _DOWNLOAD = ("--download-only", "--yes", "--no-install-recommends", "--reinstall")
@@ -56,6 +57,8 @@ class Bundle:
     try_with: tuple[str, ...] = ("--version",)
     """Arguments of a first run that must succeed."""
     backports: bool = False
+    alone: bool = False
+    """Only the packages themselves, not what they depend on."""
     arguments: tuple[str, ...] = ()
     """Put before the caller's own; `{root}` is the unpacked root."""
     environment: tuple[tuple[str, str], ...] = ()
@@ -64,8 +67,8 @@ class Bundle:
 
 QEMU_10 = Bundle(
     name="qemu-10",
-    # The second and third line are dependencies: named, they are unpacked even where an
-    # older version, which would satisfy apt, is installed.
+    # Those after the first are dependencies: named, they are unpacked even where an older
+    # version, which would satisfy apt, is installed.
     packages=(
         "qemu-system-x86",
         "qemu-system-common",
@@ -83,6 +86,7 @@ PROMTOOL = Bundle(
     name="promtool",
     packages=("prometheus",),
     program="usr/bin/promtool",
+    alone=True,  # a static program; its package would bring a web page's libraries along
 )
 
 
@@ -154,6 +158,7 @@ def _build(bundle: Bundle, home: Path) -> None:
         wrapper.write_text(_wrapper_text(bundle, home / "root"))
         wrapper.chmod(0o755)
         work.rename(home)
+    shutil.rmtree(home.parent / "apt" / "archives", ignore_errors=True)
 
 
 def _wrapper_text(bundle: Bundle, root: Path) -> str:
@@ -183,9 +188,11 @@ def _download(bundle: Bundle, apt_root: Path) -> list[Path]:
     (archives / "partial").mkdir(parents=True)
     _run(["apt-get", *options, "update"], "fetch the package lists")
     target = ["-t", release + BACKPORTS] if bundle.backports else []
+    how = ["download"] if bundle.alone else ["install", *_DOWNLOAD]
     _run(
-        ["apt-get", *options, "install", *_DOWNLOAD, *target, *bundle.packages],
+        ["apt-get", *options, *how, *target, *bundle.packages],
         f"download {' '.join(bundle.packages)}",
+        directory=archives,  # where "download" puts them
     )
     found = sorted(archives.glob("*.deb"))
     missing = [
@@ -254,7 +261,7 @@ def _source_lines(release: str) -> list[str]:
 def _release_name() -> str:
     release = {}
     with contextlib.suppress(FileNotFoundError):
-        for line in Path("/etc/os-release").read_text().splitlines():
+        for line in _OS_RELEASE.read_text().splitlines():
             name, _, value = line.partition("=")
             release[name] = value.strip('"')
     if release.get("ID") != "debian" or release.get("VERSION_CODENAME") != "bookworm":
@@ -265,10 +272,13 @@ def _release_name() -> str:
     return release["VERSION_CODENAME"]
 
 
-def _run(command: Sequence[str], purpose: str) -> str:
+def _run(command: Sequence[str], purpose: str, *, directory: Path | None = None) -> str:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=600, cwd=directory
+        )
+
     except (OSError, subprocess.SubprocessError) as error:
         raise SetUpError(f"cannot {purpose}: {error}") from error
     if done.returncode != 0:
