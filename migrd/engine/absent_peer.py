@@ -6,6 +6,7 @@ Every call raises PeerUnreachable: nothing is known of it, and nothing is conclu
 from typing import NoReturn
 
 from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
+from migrd.engine.peer_service import HelloFacts
 from migrd.engine.ports import DestinationView, HostProfile, SourceView
 from migrd.errors import PeerUnreachable
 
@@ -22,7 +23,7 @@ class AbsentPeer:
             "migration with it is not over"
         )
 
-    async def hello(self) -> str:
+    async def hello(self) -> HelloFacts:
         self._not_in_roster()
 
     async def preflight(self, vm: VmSpec) -> HostProfile:

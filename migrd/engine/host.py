@@ -73,7 +73,7 @@ class HostFacts:
         before, version, error = self._peers[peer.name], None, None
         try:
             async with asyncio.timeout(ASK_S):
-                version = await peer.hello()
+                version = (await peer.hello()).migrd_version
         except (PeerError, TimeoutError) as exc:
             error = str(exc) or "no answer"
         up = error is None

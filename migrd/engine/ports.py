@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from migrd.core.facts import (
     Feature,
@@ -29,6 +29,9 @@ from migrd.core.facts import (
 )
 from migrd.core.handover import DestinationEvent, DestinationPhase
 from migrd.core.migration import MigrationEvent, Request
+
+if TYPE_CHECKING:
+    from migrd.engine.peer_service import HelloFacts
 
 
 @dataclass(frozen=True)
@@ -234,8 +237,8 @@ class Peer(Protocol):
     @property
     def name(self) -> str: ...
 
-    async def hello(self) -> str:
-        """Its migrd's version: the sign of life that is asked for every few seconds."""
+    async def hello(self) -> "HelloFacts":
+        """Who answers: the sign of life that is asked for every few seconds."""
 
     async def preflight(self, vm: VmSpec) -> HostProfile: ...
 
