@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from tests.setup.debian import Bundle, SetUpError, unpacked
 HELLO = Bundle(name="hello", packages=("hello",), program="usr/bin/hello")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def apt_state() -> dict[str, tuple[int, int]]:
@@ -63,14 +66,14 @@ def test_a_program_that_is_not_in_its_package_is_named() -> None:
 
 def test_a_program_that_does_not_run_is_an_error_and_not_a_skip() -> None:
     bundle = replace(HELLO, program="usr/share/doc/hello/copyright")
-    with pytest.raises(SetUpError, match="does not run:\n.*denied"):
+    with pytest.raises(SetUpError, match=r"does not run:\n.*denied"):
         unpacked(bundle)
 
 
 def test_without_a_mirror_for_the_release_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debian, "_run", lambda *_, **__: "")
     with pytest.raises(SetUpError, match="none of this machine's package sources"):
-        unpacked(HELLO)
+        unpacked(replace(HELLO, name="no-mirror"))
 
 
 def test_another_distribution_is_told_how_to_name_the_programs(
@@ -80,7 +83,7 @@ def test_another_distribution_is_told_how_to_name_the_programs(
     release.write_text('ID=fedora\nVERSION_CODENAME=""\n')
     monkeypatch.setattr(debian, "_OS_RELEASE", release)
     with pytest.raises(SetUpError, match="MIGRD_TEST_QEMU_10"):
-        unpacked(HELLO)
+        unpacked(replace(HELLO, name="elsewhere"))
 
 
 def test_a_program_that_is_named_is_taken_and_must_be_executable(
