@@ -48,6 +48,20 @@ class Reply:
         return Seen(self.body)
 
 
+_CURES: Final[Mapping[str, str]] = {
+    "already_migrating": "`migrd migrations` shows that migration, `migrd watch ID` follows it",
+    "ambiguous_id": "give more of the id",
+    "no_such_route": "this daemon is older than this program: `migrd host` shows its version",
+    "not_authenticated": "name the file with your token: --token-file FILE or MIGRD_TOKEN_FILE",
+    "read_only": "use a token that may write",
+    "unknown_destination": "`migrd host` lists the hosts of the roster",
+    "unknown_migration": "`migrd migrations --all` lists them",
+    "unknown_profile": "`migrd host` lists the launch profiles",
+    "unknown_vm": "`migrd vms` lists the VMs of this host",
+}
+"""What to type next, where the daemon (which knows no command line) cannot say it."""
+
+
 class Problem(CommandError):
     """The daemon refused: its problem details (RFC 9457), or what stands for them."""
 
@@ -57,7 +71,7 @@ class Problem(CommandError):
         super().__init__(
             details.text("detail", title),
             code=code,
-            cure=details.text("cure", ""),
+            cure=details.text("cure", "") or _CURES.get(code, ""),
             exit_code=of_status(status, code),
         )
         self.status = status

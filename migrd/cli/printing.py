@@ -189,7 +189,7 @@ def _fitting(
 
 def _width(column: Column, cells: Sequence[Cell]) -> int:
     widest = max(cell_len(str(cell)) for cell in [column.title, *cells])
-    return min(widest, 30) if column.wraps else widest
+    return min(widest, 44) if column.wraps else widest
 
 
 def _rich_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Table:

@@ -8,10 +8,9 @@ region is drawn again.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -22,14 +21,15 @@ from migrd.cli import story
 from migrd.cli.exits import CommandError
 from migrd.cli.printing import Printer
 from migrd.cli.seen import Seen
-from migrd.cli.text import percent, rate, size, span, word
+from migrd.cli.text import clock, percent, rate, size, span, word
 from migrd.cli.watching import Look, Screen
 
 _QUIET_S: Final = 10.0
 """In a pipe, say how the transfer stands at least so often."""
 _LEAST_ROUNDS: Final = 3
-_FIXED_LINES: Final = 9
-"""Lines of the live region other than rounds."""
+_MOST_ROUNDS: Final = 12
+_OTHER_LINES: Final = 19
+"""Lines of the live region other than rounds, and some for what has happened above it."""
 
 
 def screen_for(printer: Printer) -> Screen:
@@ -62,46 +62,46 @@ class JsonScreen:
     def back(self) -> None: ...
 
 
+Say = Callable[[Text, float], None]
+"""Takes a line and the moment it speaks of."""
+
+
 class Teller:
     """What has happened since the last look, as lines, in the order it happened."""
 
-    def __init__(self, say: Callable[[Text], None], *, with_rounds: bool) -> None:
+    def __init__(self, say: Say, *, with_rounds: bool) -> None:
         self._say = say
         self._with_rounds = with_rounds
         self._phases_told = 0
         self._decision: Seen | None = None
-        self._condition = ""
 
-    def tell(self, look: Look) -> bool:
-        """Say what is new; whether there was anything."""
-        news = [*self._phases(look.migration), *self._transfer(look)]
-        for line in news:
-            self._say(line)
-        return bool(news)
+    def tell(self, look: Look) -> None:
+        """Say what is new."""
+        news = [*self._phases(look.migration), *self._rounds(look), *self._decisions(look)]
+        for moment_s, line in sorted(news, key=lambda pair: pair[0]):
+            self._say(line, moment_s)
 
-    def _phases(self, migration: Seen) -> list[Text]:
+    def _phases(self, migration: Seen) -> Iterator[tuple[float, Text]]:
         timeline = migration.parts("timeline")
         new, self._phases_told = timeline[self._phases_told :], len(timeline)
-        return [_phase_news(entry, migration) for entry in new]
+        for entry in new:
+            yield entry.moment("entered_at") or time.time(), _phase_news(entry, migration)
 
-    def _transfer(self, look: Look) -> list[Text]:
-        lines: list[tuple[int, Text]] = []
-        if self._with_rounds:
-            lines = [(_order(r, 0), _stamped(story.round_line(r))) for r in look.new_rounds]
+    def _rounds(self, look: Look) -> Iterator[tuple[float, Text]]:
+        for round_ in look.new_rounds if self._with_rounds else ():
+            yield _moment_of(round_, look.migration), Text(story.round_line(round_))
+
+    def _decisions(self, look: Look) -> Iterator[tuple[float, Text]]:
         for decision in look.new_decisions:
             if story.is_news(decision, self._decision):
-                lines.append((_order(decision, 1), _decision_news(decision)))
+                yield _moment_of(decision, look.migration), _decision_news(decision)
             self._decision = decision
-        return [line for _, line in sorted(lines, key=lambda pair: pair[0])]
 
 
-def _order(seen: Seen, later: int) -> int:
-    number = seen.whole("number" if later == 0 else "round_number")
-    return 2 * (number or 0) + later
-
-
-def _stamped(text: str | Text) -> Text:
-    return Text.assemble((time.strftime("%H:%M:%S  "), "dim"), text)
+def _moment_of(seen: Seen, migration: Seen) -> float:
+    """Wall-clock time of a round or decision, which carry the age of the migration."""
+    begun_s, age_s = migration.moment("created_at"), seen.seconds("elapsed")
+    return time.time() if begun_s is None or age_s is None else begun_s + age_s
 
 
 def _phase_news(entry: Seen, migration: Seen) -> Text:
@@ -109,13 +109,15 @@ def _phase_news(entry: Seen, migration: Seen) -> Text:
     style = "bold cyan"
     if migration.flag("is_terminal") and name == migration.text("phase"):
         style = story.STYLE_OF_END.get(story.exit_of(migration), style)
-    return _stamped(Text.assemble("phase ", (word(name), style)))
+    line = Text(word(name), style)
+    meaning = story.MEANING_OF_PHASE.get(name)
+    return line.append(f": {meaning}", "default not bold") if meaning else line
 
 
 def _decision_news(decision: Seen) -> Text:
     verdict = decision.raw("verdict") or ""
     style = {"give_up": "bold red", "throttle": "yellow", "start_postcopy": "yellow"}.get(verdict)
-    return _stamped(Text(story.decision_line(decision), style or ""))
+    return Text(f"decision: {story.decision_line(decision)}", style or "")
 
 
 class PlainScreen:
@@ -129,25 +131,25 @@ class PlainScreen:
         self._spoke_at_s = time.monotonic()
         self._began = False
 
-    def _say(self, line: Text) -> None:
+    def _say(self, line: str | Text, moment_s: float) -> None:
         self._spoke_at_s = time.monotonic()
-        self._printer.line(line)
+        self._printer.line(Text.assemble(f"{clock(moment_s)}  ", line))
 
     def show(self, look: Look) -> None:
         if not self._began:
             self._began = True
             head = f"{look.migration.text('vm')}: {story.route(look.migration)}"
-            self._say(_stamped(f"{head}, migration {look.migration.text('id')}"))
+            self._say(f"{head}, migration {look.migration.text('id')}", time.time())
         self._teller.tell(look)
         standing = story.progress_line(look.migration)
         if standing and time.monotonic() - self._spoke_at_s >= _QUIET_S:
-            self._say(_stamped(standing))
+            self._say(standing, time.time())
 
     def lost(self, error: CommandError) -> None:
-        self._say(_stamped(f"connection to the daemon lost ({error.message}); trying again"))
+        self._say(f"connection to the daemon lost ({error.message}); trying again", time.time())
 
     def back(self) -> None:
-        self._say(_stamped("connected to the daemon again"))
+        self._say("connected to the daemon again", time.time())
 
 
 class LiveScreen:
@@ -157,7 +159,7 @@ class LiveScreen:
 
     def __init__(self, printer: Printer) -> None:
         self._printer = printer
-        self._teller = Teller(printer.line, with_rounds=False)
+        self._teller = Teller(self._say, with_rounds=False)
         self._rounds: deque[Seen] = deque(maxlen=50)
         self._migration = Seen(None)
         self._lost: str | None = None
@@ -165,12 +167,21 @@ class LiveScreen:
             console=printer.out, auto_refresh=False, transient=True, redirect_stderr=False
         )
 
+    def _say(self, line: Text, moment_s: float) -> None:
+        """Above the region; what does not fit on the line goes on below itself."""
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row(clock(moment_s), line)
+        self._printer.out.print(grid)
+
     def __enter__(self) -> "LiveScreen":
         self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._live.stop()
+        self._printer.line()
 
     def show(self, look: Look) -> None:
         self._teller.tell(look)
@@ -180,17 +191,16 @@ class LiveScreen:
 
     def lost(self, error: CommandError) -> None:
         self._lost = error.message
-        self._printer.line(_stamped(Text("connection to the daemon lost; trying again", "yellow")))
+        self._say(Text("connection to the daemon lost; trying again", "yellow"), time.time())
         self._draw()
 
     def back(self) -> None:
         self._lost = None
-        self._printer.line(_stamped(Text("connected to the daemon again", "green")))
+        self._say(Text("connected to the daemon again", "green"), time.time())
         self._draw()
 
     def _draw(self) -> None:
-        height = self._printer.out.height
-        rows = max(_LEAST_ROUNDS, min(8, height - _FIXED_LINES - 6))
+        rows = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, self._printer.out.height - _OTHER_LINES))
         view = region(self._migration, list(self._rounds)[-rows:], self._lost)
         self._live.update(view, refresh=True)
 
@@ -208,7 +218,7 @@ def region(migration: Seen, rounds: list[Seen], lost: str | None) -> RenderableT
     if not migration.flag("is_terminal"):
         parts += _transfer(migration)
     if rounds:
-        parts.append(_rounds(rounds))
+        parts += [Text(), _rounds(rounds), Text()]
     if lost is not None:
         parts.append(_one_line(Text(f"no answer from the daemon: {lost}", "yellow")))
     parts.append(_one_line(Text("Ctrl-C stops watching; the migration goes on", "dim")))
@@ -228,17 +238,17 @@ def _transfer(migration: Seen) -> list[RenderableType]:
         text = "" if waiting is None else f"waiting for a free slot, {waiting} before it"
         return [_one_line(Text(text or "not transferring yet", "dim"))]
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(style="dim", no_wrap=True, min_width=9)
     grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     done = max(0.0, total - remaining)
     grid.add_row("memory", _bar(total, done, remaining))
     grid.add_row("now", _now(progress, guess))
     fate, style = story.fate_of(guess, story.limit_of(migration))
     grid.add_row("blackout", Text(fate, style))
-    left_s = guess.seconds("predicted_remaining")
-    grid.add_row(
-        "time left", Text("not predictable" if left_s is None else f"about {span(left_s)}")
-    )
+    grid.add_row("time left", story.time_left(migration))
+    if guess.flag("converges") is False:
+        for name, command in story.ways_out(migration):
+            grid.add_row(name, Text(command, "yellow"))
     return [grid]
 
 
@@ -268,7 +278,7 @@ def _now(progress: Seen, guess: Seen) -> Text:
 
 
 def _rounds(rounds: list[Seen]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("round", "took", "sent", "at", "left", "dirtying", "throttle"):
         table.add_column(title, justify="right", no_wrap=True)
     for round_ in rounds:

@@ -24,6 +24,20 @@ STYLE_OF_END: Final = {
 }
 
 
+MEANING_OF_PHASE: Final = {
+    Phase.PENDING.value: "waiting for a free slot",
+    Phase.PREFLIGHT.value: "checking both hosts",
+    Phase.PREPARING.value: "the destination gets ready",
+    Phase.PRECOPY.value: "memory is copied while the guest runs on the source",
+    Phase.SWITCHOVER.value: "the guest is stopped and the rest of it is sent",
+    Phase.GRANTED.value: "point of no return: the destination may run the guest",
+    Phase.COMPLETING.value: "the guest runs on the destination; the source is cleaned up",
+    Phase.ROLLING_BACK.value: "the guest goes on at the source",
+    Phase.NEEDS_OPERATOR.value: "it is not known who runs the guest; migrd keeps asking",
+}
+"""What a phase of the source means to a person; the ends explain themselves."""
+
+
 def exit_of(migration: Seen) -> Exit:
     """The exit code that tells how the migration ended."""
     phase = migration.raw("phase") or ""
@@ -45,7 +59,7 @@ def whereabouts(migration: Seen) -> str:
         case "moving":
             return f"{vm} is stopped for the move, on its way to {migration.text('destination')}"
         case _:
-            return f"it is not known where {vm} runs"
+            return f"It is not known where {vm} runs"
 
 
 def guest_on(migration: Seen) -> str:
@@ -110,6 +124,30 @@ def fate_of(guess: Seen, limit_s: float | None) -> tuple[str, str]:
     if converges is False:
         return f"{text}: does not converge", "red"
     return f"{text}: {'converging' if converges else 'too early to say'}", "yellow"
+
+
+def time_left(migration: Seen) -> str:
+    """Until the guest runs on the destination; where that cannot be said, until the deadline."""
+    guess = migration.part("estimate")
+    left_s = guess.seconds("predicted_remaining")
+    if left_s is not None:
+        return f"about {span(left_s)}"
+    if guess.flag("converges") is not False:
+        return "not predictable yet"
+    deadline_s = migration.part("policy").seconds("deadline")
+    elapsed_s = migration.seconds("elapsed")
+    if deadline_s is None or elapsed_s is None:
+        return "unlimited, as things are"
+    return f"unlimited, as things are; the deadline is in {span(max(0, deadline_s - elapsed_s))}"
+
+
+def ways_out(migration: Seen) -> list[tuple[str, str]]:
+    """What a person can do about a migration that does not converge."""
+    id_ = migration.text("id")[:8]
+    return [
+        ("to act", f"migrd policy {id_} --when-not-converging throttle"),
+        ("or", f"migrd switchover {id_}"),
+    ]
 
 
 def phases(migration: Seen) -> list[tuple[str, float | None]]:
@@ -214,11 +252,7 @@ def policy_line(policy: Seen) -> str:
 
 def _headline(migration: Seen, code: Exit) -> str:
     where = whereabouts(migration)
-    if code is Exit.OK:
-        return where
-    if code is Exit.GUEST_LOST:
-        return where
-    return f"{where}; {outcome(migration)}"
+    return where if code in (Exit.OK, Exit.GUEST_LOST) else f"{where}; {outcome(migration)}"
 
 
 def _account(migration: Seen, code: Exit) -> list[tuple[str, Cell]]:

@@ -19,7 +19,7 @@ _config = click.option(
 )
 
 
-@click.group("config")
+@click.group("config", short_help="Check the daemon's configuration")
 def config() -> None:
     """Look at the daemon's configuration."""
 

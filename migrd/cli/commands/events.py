@@ -18,7 +18,7 @@ _QUIET_S: Final = 0.5
 """Without --follow: the history has been sent when nothing more came for so long."""
 
 
-@click.command("events")
+@click.command("events", short_help="What has happened, and what happens")
 @click.option("-f", "--follow", is_flag=True, help="Go on with what happens; ends with Ctrl-C.")
 @click.option(
     "--after",

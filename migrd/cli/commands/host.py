@@ -8,7 +8,7 @@ from migrd.cli.seen import Seen
 from migrd.cli.text import UNKNOWN, ago, clock, size, yes_no
 
 
-@click.command("host")
+@click.command("host", short_help="This host: versions, slots, other hosts")
 @remote
 async def host(session: Session) -> None:
     """Show this host: versions, slots, peers, and whether its IOMMUs track dirty pages.

@@ -39,13 +39,13 @@ _DECISIONS = (
     Column("at", right=True, drop=1),
     Column("round", right=True),
     Column("verdict"),
-    Column("reason"),
+    Column("reason", drop=2),
     Column("in words", wraps=True),
 )
 RESOLUTIONS = ("destination_fenced", "destination_runs", "guest_lost")
 
 
-@click.group("migrations", invoke_without_command=True)
+@click.group("migrations", short_help="List migrations, or show one", invoke_without_command=True)
 @click.option("--all", "show_all", is_flag=True, help="Also those that have ended long ago.")
 @common_options(hidden=True)
 @click.pass_context
@@ -110,7 +110,7 @@ async def show_migration(session: Session, migration_id: str) -> None:
     story.describe(printer, reply.seen)
 
 
-@click.command("rounds")
+@click.command("rounds", short_help="The rounds of a migration: sent, dirtied, left")
 @migration_argument
 @remote
 async def rounds(session: Session, migration_id: str) -> None:
@@ -124,7 +124,7 @@ async def rounds(session: Session, migration_id: str) -> None:
     await _list_of(session, migration_id, "rounds", _ROUNDS, _round)
 
 
-@click.command("decisions")
+@click.command("decisions", short_help="The decisions taken in a migration, and why")
 @migration_argument
 @remote
 async def decisions(session: Session, migration_id: str) -> None:
@@ -167,7 +167,7 @@ def _decision(decision: Seen) -> list[Cell]:
     ]
 
 
-@click.command("cancel")
+@click.command("cancel", short_help="Ask to cancel a migration")
 @migration_argument
 @remote
 async def cancel(session: Session, migration_id: str) -> None:
@@ -179,7 +179,7 @@ async def cancel(session: Session, migration_id: str) -> None:
     await _ask(session, migration_id, "cancel")
 
 
-@click.command("switchover")
+@click.command("switchover", short_help="Ask to switch over now, whatever the blackout")
 @migration_argument
 @remote
 async def switchover(session: Session, migration_id: str) -> None:
@@ -192,7 +192,7 @@ async def switchover(session: Session, migration_id: str) -> None:
     await _ask(session, migration_id, "switchover")
 
 
-@click.command("resolve")
+@click.command("resolve", short_help="Settle a migration that needs an operator")
 @migration_argument
 @click.argument("resolution", type=click.Choice(RESOLUTIONS))
 @click.option(
@@ -233,7 +233,7 @@ async def resolve(
     await _ask(session, id_, "resolve", body)
 
 
-@click.command("policy")
+@click.command("policy", short_help="Change the policy of a migration that goes on")
 @migration_argument
 @policy_options
 @remote

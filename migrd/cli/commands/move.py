@@ -57,7 +57,7 @@ def _request(destination: str, multifd: int | None, postcopy: bool, wishes: Any)
     return body
 
 
-@click.command("plan")
+@click.command("plan", short_help="Say what a migration would meet; nothing is changed")
 @vm_argument
 @host_argument
 @policy_options
@@ -111,7 +111,7 @@ def _print_plan(session: Session, seen: Seen, possible: bool) -> None:
     story.refusals(printer, seen.parts("warnings"), "warnings")
 
 
-@click.command("migrate")
+@click.command("migrate", short_help="Migrate a running VM to another host")
 @vm_argument
 @host_argument
 @click.option("-w", "--watch", is_flag=True, help="Follow it to its end; the exit code tells how.")
@@ -173,7 +173,7 @@ async def migrate(
     return Exit.OK
 
 
-@click.command("watch")
+@click.command("watch", short_help="Follow a migration to its end")
 @migration_argument
 @_timeout
 @_through

@@ -33,7 +33,11 @@ _set = click.option(
 Settings = Sequence[tuple[str, str | int | bool]]
 
 
-@click.group("vms", invoke_without_command=True)
+@click.group(
+    "vms",
+    short_help="The VMs of this host: list, show, define, forget",
+    invoke_without_command=True,
+)
 @common_options(hidden=True)
 @click.pass_context
 def vms(context: click.Context) -> None:
@@ -162,7 +166,7 @@ async def forget_vm(session: Session, vm: str) -> None:
     session.printer.note(f"{vm} is forgotten")
 
 
-@click.command("start")
+@click.command("start", short_help="Start a VM from its launch profile")
 @vm_argument
 @_profile
 @_set
@@ -184,7 +188,7 @@ async def start(session: Session, vm: str, profile: str | None, settings: Settin
     await _act(session, vm, "start")
 
 
-@click.command("stop")
+@click.command("stop", short_help="Stop a VM that migrd started")
 @vm_argument
 @remote
 async def stop(session: Session, vm: str) -> None:
