@@ -70,6 +70,7 @@ def build_app(
     for route in ROUTES:
         _add(app, route)
     app.on_shutdown.append(_close_streams)
+    app.on_cleanup.append(_end_unfinished)
     return app
 
 
@@ -86,6 +87,10 @@ def _add(app: web.Application, route: Route) -> None:
 
 async def _close_streams(app: web.Application) -> None:
     app[SITE].closing.set()
+
+
+async def _end_unfinished(app: web.Application) -> None:
+    await app[SITE].end_unfinished()
 
 
 async def _expect(request: web.Request) -> None:
@@ -109,6 +114,7 @@ async def _front(request: web.Request, handler: Handler) -> web.StreamResponse:
         _log_error(mapped, request)
     if not response.prepared:
         response.headers["X-Request-Id"] = request_id
+        response.headers["Server"] = "migrd"
     log.debug(
         "request answered",
         method=request.method,

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from migrd.api.problems import PreconditionFailed
 from migrd.api.table import Call
-from migrd.api.wire import LARGEST_EXACT, WireModel
+from migrd.api.wire import LARGEST_EXACT, Flag, WireModel
 from migrd.errors import Invalid, Violation
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ Whole = Annotated[int, Field(ge=0, le=LARGEST_EXACT)]
 class WatchQuery(WireModel):
     """Parameters of a resource that can be watched."""
 
-    watch: bool = False
+    watch: Flag = False
     """Wait until something is newer than `resource_version`, or `timeout_s` is over."""
     resource_version: Whole | None = None
     """What the last answer said; left out: answer at once."""

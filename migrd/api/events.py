@@ -87,7 +87,7 @@ async def _copy(
             )
             if coming.done():
                 event = coming.result()
-                seen = event.id
+                seen = seen if event.kind == LOST else event.id
                 coming = loop.create_task(_next(published))
                 if _is_wanted(event, query):
                     await response.write(block(event))
@@ -116,7 +116,11 @@ def _is_wanted(event: Published, query: EventsQuery) -> bool:
 
 
 def block(event: Published) -> bytes:
-    """One event as it goes over the wire."""
+    """One event as it goes over the wire.
+
+    `events.lost` has no `id` line: what comes after it may be older than the daemon's counter, and
+    a client that is cut off right here must be told of the loss again.
+    """
     told = {
         "id": event.id,
         "at": at(event.wall_s),
@@ -126,7 +130,8 @@ def block(event: Published) -> bytes:
         "body": event.body,
     }
     content = to_json(told, fallback=str, inf_nan_mode="null")  # never holds a raw line end
-    return b"id: %d\nevent: %b\ndata: %b\n\n" % (event.id, event.kind.encode(), content)
+    id_line = b"" if event.kind == LOST else b"id: %d\n" % event.id
+    return b"%bevent: %b\ndata: %b\n\n" % (id_line, event.kind.encode(), content)
 
 
 def _heartbeat(seen: int | None) -> bytes:

@@ -5,6 +5,7 @@ the engine's reason. Nothing is judged here.
 """
 
 import hashlib
+import math
 from typing import Annotated, Final
 
 from pydantic import Field
@@ -41,7 +42,7 @@ from migrd.api.models_progress import (
     begun_s,
 )
 from migrd.api.table import Answer, Call, Reply, Tag, reply, route, to_json
-from migrd.api.wire import MigrationId, Name, WireModel
+from migrd.api.wire import Flag, MigrationId, Name, WireModel
 from migrd.core.migration import Admission
 from migrd.engine import service
 from migrd.engine.service import MigrationView, Role
@@ -57,7 +58,7 @@ class MigrationPath(WireModel):
 
 
 class CreateQuery(WireModel):
-    dry_run: bool = False
+    dry_run: Flag = False
     """Only answer with the plan; nothing is begun."""
 
 
@@ -165,7 +166,9 @@ def _age_key(view: MigrationView) -> tuple[float, str]:
 
 
 def _read_age_key(text: str) -> tuple[float, str]:
-    wall, _, id_ = text.partition(" ")
+    wall, gap, id_ = text.partition(" ")
+    if not gap or not math.isfinite(float(wall)):
+        raise ValueError(text)
     return float(wall), id_
 
 

@@ -21,7 +21,7 @@ from migrd.api.models_host import Check, Health, Host, Readiness, Vm, VmDefiniti
 from migrd.api.models_migration import Plan, PlanRequest
 from migrd.api.problems import NotReady
 from migrd.api.table import Answer, Call, Reply, Tag, reply, route, to_json
-from migrd.api.wire import Name, WireModel
+from migrd.api.wire import Flag, Name, WireModel
 from migrd.engine.threads import in_thread
 from migrd.errors import Violation
 
@@ -52,7 +52,7 @@ class VmsQuery(WatchQuery):
 
 
 class DefineQuery(WireModel):
-    dry_run: bool = False
+    dry_run: Flag = False
     """Only check; nothing is kept."""
 
 

@@ -15,8 +15,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
-from typing import Any, Final, TypeAlias, get_type_hints
+from typing import Any, Final, TypeAlias, TypeVar, get_type_hints
 
+import structlog
 from aiohttp import web
 from pydantic import TypeAdapter
 
@@ -28,6 +29,11 @@ from migrd.api.wire import WireModel
 from migrd.engine.service import Service
 from migrd.errors import Invalid, Violation
 
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+_TOO_LONG: Final = "it takes too long; it may or may not take effect: look before you ask again"
 JSON_TYPE: Final = "application/json"
 MetricsSnapshot: TypeAlias = Callable[[], tuple[bytes, str, str]]
 """(rendered metrics, their content type, an opaque word that changes with them)."""
@@ -67,6 +73,42 @@ class Site:
     """Set at shutdown: streams and long polls end."""
     streams: int = 0
     openapi: bytes | None = None
+    unfinished: set[asyncio.Task[Any]] = field(default_factory=set)
+    """Calls whose clients have been told that they took too long."""
+
+    async def in_time(self, doing: Awaitable[T], *, within_s: float) -> T:
+        """What `doing` returns or raises, or TimedOut.
+
+        A call that takes too long is not broken off, which could leave half of it done: it goes on
+        without its client, and is ended only when the daemon stops (`end_unfinished`).
+        """
+        task = asyncio.ensure_future(doing)
+        try:
+            done, _ = await asyncio.wait((task,), timeout=within_s)
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait((task,))
+            raise
+        if not done:
+            self.unfinished.add(task)
+            task.add_done_callback(self._finished_late)
+            raise TimedOut(_TOO_LONG)
+        try:
+            return task.result()
+        except TimeoutError as error:  # of a step inside that has a deadline of its own
+            raise TimedOut(_TOO_LONG) from error
+
+    def _finished_late(self, task: asyncio.Task[Any]) -> None:
+        self.unfinished.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.warning("a call failed after its client was told to look", exc_info=error)
+
+    async def end_unfinished(self) -> None:
+        """Cancel what clients no longer wait for, and wait for its end."""
+        for task in self.unfinished:
+            task.cancel()
+        if self.unfinished:
+            await asyncio.wait(self.unfinished)
 
 
 @dataclass(frozen=True)
@@ -161,18 +203,19 @@ class Route:
     async def call(self, call: Call) -> web.StreamResponse:
         """Check all parts, call the function, send what it answers."""
         arguments = await self._arguments(call)
+        waits_s = float(getattr(arguments.get("query"), "timeout_s", 0.0))
+        within_s = call.site.limits.answer_within_s + waits_s
+        answer: Reply | web.StreamResponse
         if self.is_stream:
             answer = await self.function(call, **arguments)
-        else:
-            waits_s = float(getattr(arguments.get("query"), "timeout_s", 0.0) or 0.0)
+        elif self.method == "GET":
             try:
-                async with asyncio.timeout(call.site.limits.answer_within_s + waits_s):
+                async with asyncio.timeout(within_s):
                     answer = await self.function(call, **arguments)
             except TimeoutError as error:
-                raise TimedOut(
-                    f"no end within {call.site.limits.answer_within_s:g} s; it may or may not have "
-                    "taken effect: look before you ask again"
-                ) from error
+                raise TimedOut(_TOO_LONG) from error
+        else:
+            answer = await call.site.in_time(self.function(call, **arguments), within_s=within_s)
         return answer.response() if isinstance(answer, Reply) else answer
 
     async def _arguments(self, call: Call) -> dict[str, WireModel]:

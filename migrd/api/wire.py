@@ -14,7 +14,7 @@ import math
 from datetime import UTC, datetime
 from typing import Annotated, Final
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Names of VMs, hosts and profiles; the same pattern as the settings use."""
@@ -37,6 +37,14 @@ MigrationId = Annotated[
 Count = Annotated[int, Field(ge=0, le=LARGEST_EXACT)]
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$")]
 """Words of a person: no control characters but tab and line ends."""
+
+
+def _present(given: object) -> object:
+    return True if given == "" else given
+
+
+Flag = Annotated[bool, BeforeValidator(_present)]
+"""A parameter that may stand alone: `?dry_run`."""
 
 
 class WireModel(BaseModel):
