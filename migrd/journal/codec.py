@@ -14,7 +14,6 @@ Rules
 
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Final, Generic, TypeVar
 
 import orjson
@@ -48,11 +47,7 @@ class Codec(Generic[T]):
     def __init__(self, kind: str, version: int, type_: type[T]) -> None:
         self.kind = kind
         self.version = version
-        self._type = type_
-
-    @cached_property
-    def _adapter(self) -> TypeAdapter[T]:
-        return TypeAdapter(self._type)
+        self._adapter = TypeAdapter(type_)  # slow to build: at import, never on the event loop
 
     def write(self, value: T) -> Sealed:
         """Raises UnreadableRecord for a value that would not come back as it is (NaN, say)."""

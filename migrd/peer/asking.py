@@ -73,7 +73,7 @@ class WirePeer(ABC):
     async def hello(self) -> HelloFacts:
         """Who answers there; the cheapest call."""
         found = await self._ask("hello", Empty(), WireHello, QUICK_S)
-        if found.host != self.name:
+        if found.host.lower() != self.name.lower():
             raise PeerRefused(
                 f"{self.name}: the host that answers calls itself {found.host}: correct the roster",
                 code="wrong_host",
