@@ -7,3 +7,7 @@ class ImageError(Exception):
 
 class ProofFailed(Exception):
     """What was to be shown is not so; the text says where it first differs."""
+
+
+class DemoFailed(Exception):
+    """The demo cannot go on; the text says why, and what to do where that is known."""

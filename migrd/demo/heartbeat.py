@@ -45,6 +45,7 @@ class Heartbeat:
     dirtied_pages: int
     """Visits so far, modulo 2**32."""
     ticks: int
+    """Timer ticks that the guest has acted on."""
     owner: str
     """The tap, and so the QEMU, on which the line ended."""
     arrived_s: float

@@ -328,7 +328,7 @@ beat:   mov     rax, r15
         mov     rax, [REST+C_VISITS]
         add     rax, [SPOT+C_VISITS]
         call    puthex
-        mov     rax, [S_TICKS]; call puthex
+        mov     rax, r15; call puthex    # not S_TICKS: those are not all worked off
         mov     al, 10; call putc
         jmp     outer
 bad:    inc     qword ptr [S_ERRORS]
