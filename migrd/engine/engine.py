@@ -5,7 +5,6 @@ neither a QEMU nor a guest: a restarted daemon goes on from the journal.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Final, Self
 
@@ -23,12 +22,12 @@ RESCAN_S: Final = 2.0
 class Engine:
     """`service` for the API, `reception` for peers."""
 
-    def __init__(self, world: World, profiles: Callable[[], Mapping[str, str | None]]) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
         self._group = asyncio.TaskGroup()
         self.vms = VmTable(world, self._group)
         self.migrations = Migrations(world, self.vms, self._group)
-        self.host = HostFacts(world, profiles)
+        self.host = HostFacts(world)
         self.service = Registry(self.migrations, self.host)
         self.reception = Reception(self.migrations)
 

@@ -1,7 +1,7 @@
 """This host, as clients see it: slots, profiles, peers, readiness."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import structlog
@@ -21,9 +21,9 @@ ASK_S: Final = 5.0
 class HostFacts:
     """What is known of the host, kept fresh by `watch`."""
 
-    def __init__(self, world: World, profiles: Callable[[], Mapping[str, str | None]]) -> None:
+    def __init__(self, world: World) -> None:
         self._world = world
-        self._profiles = profiles
+        self._binaries: Mapping[str, str | None] = {}
         self._boot_wall_s = world.clock.wall_s()
         self._memory_bytes: int | None = None
         self._peers: dict[str, PeerView] = {
@@ -35,7 +35,7 @@ class HostFacts:
 
     def view(self, migrations: Migrations) -> HostView:
         """A snapshot."""
-        options, binaries = self._world.options, dict(self._profiles())
+        options, binaries = self._world.options, dict(self._binaries)
         return HostView(
             name=options.host,
             migrd_version=options.migrd_version,
@@ -64,6 +64,7 @@ class HostFacts:
 
     async def watch(self) -> None:
         """Ask each peer, and the kernel for memory, every peer interval. Runs until cancelled."""
+        self._binaries = await self._world.launcher.versions()
         while True:
             self._memory_bytes = await memory_available_bytes()
             await asyncio.gather(*(self._ask(peer) for peer in self._world.peers.values()))

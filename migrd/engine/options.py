@@ -13,6 +13,8 @@ class EngineOptions:
     host: str
     listen_host: str = "127.0.0.1"
     """Where an incoming QEMU listens for the guest."""
+    migration_hosts: Mapping[str, str] = field(default_factory=dict)
+    """Destination -> address for the stream, where it is not the one that host names itself."""
     tls: TlsIdentity | None = None
     outgoing_slots: int = 2
     incoming_slots: int = 2

@@ -155,11 +155,15 @@ class Launcher(Protocol):
 
     def check(self, spec: VmSpec) -> str:
         """Digest of what a guest can see of this profile with these parameters (machine, memory,
-        devices). Raises Invalid naming each parameter that is wrong, NotFound for the profile."""
+        devices). Blocking: files are looked at. Raises Invalid naming each parameter that is
+        wrong, NotFound for the profile."""
 
     async def probe(self, spec: VmSpec) -> tuple[str, frozenset[Feature]]:
         """(version for people, features) of the QEMU that the profile names; asked of a process
         without a machine, remembered until the binary changes. Raises as `check`, VmmError."""
+
+    async def versions(self) -> Mapping[str, str | None]:
+        """QEMU's version for each profile, for people; None where it cannot be asked."""
 
     async def launch(self, spec: VmSpec, instance: str, *, incoming: bool) -> Vmm:
         """Start a QEMU, detached so that it outlives this daemon; `incoming` waits for a guest

@@ -167,7 +167,7 @@ class Steering:
     async def _steer(self, now_s: float) -> MigrationEvent | None:
         m = self._m
         situation = Situation(
-            rounds=m.rounds,
+            rounds=tuple(m.rounds),
             policy=m.state.policy,
             at_s=now_s,
             deadline_at_s=m.deadline_at_s,

@@ -2,12 +2,13 @@
 
 import asyncio
 
-from migrd.core.facts import VmFacts, VmSpec
+from migrd.core.facts import TransferAddress, VmFacts, VmSpec
 from migrd.core.migration import MigrationEvent, Refusal, Request
 from migrd.core.phases import Trigger
 from migrd.core.preflight import DestinationFacts, Preflight, SourceFacts, check
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import HostProfile, Peer, Vmm
+from migrd.engine.threads import in_thread
 from migrd.engine.world import World
 from migrd.errors import MigrdError, PeerError, PeerUnreachable, VmmDied, VmmError
 
@@ -35,7 +36,7 @@ async def judge(
         left = None if isinstance(facts, BaseException) else facts
         right = None if isinstance(profile, BaseException) else profile
         return Preflight(tuple(refusals), ()), left, right
-    digest = None if spec.profile is None else world.launcher.check(spec)
+    digest = None if spec.profile is None else await in_thread(world.launcher.check, spec)
     source = SourceFacts(
         world.options.host, facts, spec, digest, epoch, world.options.tls is not None
     )
@@ -111,4 +112,6 @@ async def prepare_destination(m: Outgoing) -> MigrationEvent:
     if view.address is None:
         why = view.reason or f"it is {view.phase.value}"
         return m.failed("destination_refused", f"{m.peer.name} did not get ready: {why}")
-    return m.event(Trigger.DESTINATION_PREPARED, address=view.address)
+    host = m.world.options.migration_hosts.get(m.peer.name, view.address.host)
+    address = TransferAddress(host, view.address.port)
+    return m.event(Trigger.DESTINATION_PREPARED, address=address)

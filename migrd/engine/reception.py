@@ -16,6 +16,7 @@ from migrd.engine.memory import memory_available_bytes
 from migrd.engine.migrations import Migrations
 from migrd.engine.peer_service import PEER_PROTOCOL, HelloFacts
 from migrd.engine.ports import DestinationView, HostProfile, SourceView, StoredIncoming
+from migrd.engine.threads import in_thread
 from migrd.errors import Conflict, MigrdError, NotFound, Unavailable, VmmError, VmmRefused
 
 DISCARD_S: Final = 5.0
@@ -52,7 +53,7 @@ class Reception:
         version, digest = None, None
         features: frozenset[str] = frozenset()
         try:
-            digest = world.launcher.check(vm)
+            digest = await in_thread(world.launcher.check, vm)
             version, found = await world.launcher.probe(vm)
             features = frozenset(feature.value for feature in found)
         except MigrdError as exc:
@@ -125,7 +126,7 @@ class Reception:
         settings: TransferSettings,
     ) -> Incoming:
         world = self._world
-        self._world.launcher.check(vm)
+        await in_thread(self._world.launcher.check, vm)
         stored = StoredIncoming(
             id=migration_id,
             source=source,

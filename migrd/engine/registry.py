@@ -46,6 +46,7 @@ from migrd.engine.service import (
     Resolution,
     VmView,
 )
+from migrd.engine.threads import in_thread
 from migrd.engine.vms import Entry, VmTable
 from migrd.errors import Conflict, Invalid, NotFound, Unavailable, Violation, VmmDied
 
@@ -84,7 +85,7 @@ class Registry:
     async def define_vm(self, spec: VmSpec, *, dry_run: bool) -> tuple[VmView, bool]:
         """A new VM from a profile, or the profile of an adopted one."""
         if spec.profile is not None:
-            self._world.launcher.check(spec)
+            await in_thread(self._world.launcher.check, spec)
         entry = self._vms.get(spec.name)
         if entry is None and spec.profile is None:
             raise Invalid(

@@ -147,6 +147,9 @@ class Machine:
             pid=self.pid,
         )
 
+    async def run_state(self) -> RunState:
+        return RunState.of(json_object(await self._ask("query-status")).get("status"))
+
     async def schema(self) -> QmpSchema:
         """What this QEMU offers; asked once per connection (behind it may be another QEMU)."""
         connections = self.monitor.state.connections

@@ -1,0 +1,280 @@
+"""The daemon: the only place that knows every part, and builds them in order.
+
+    settings > log > directories > journal > launcher > peers (TLS) > engine (replays, goes on)
+             > listener for peers > API > READY ...... signal > STOPPING, in reverse
+
+Whatever is built is an async context on one stack, so a failure half way undoes what was done, and
+a stop touches no guest: QEMUs are detached, migrations go on from the journal.
+"""
+
+import asyncio
+import contextlib
+import grp
+import signal
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+import migrd
+from migrd.api.app import build_app
+from migrd.api.auth import Gate, load_tokens
+from migrd.api.models_migration import Defaults
+from migrd.api.server import ApiServer, serving
+from migrd.api.table import Limits
+from migrd.config import Settings, Tls
+from migrd.engine.engine import Engine
+from migrd.engine.options import EngineOptions
+from migrd.engine.ports import Peer, TlsIdentity
+from migrd.engine.stream import Stream
+from migrd.engine.threads import in_thread
+from migrd.engine.world import World
+from migrd.errors import ConfigError
+from migrd.journal.retention import Retention
+from migrd.journal.sqlite import open_journal
+from migrd.log import configure
+from migrd.metrics.exposition import Exposition
+from migrd.metrics.loop_lag import LoopLagProbe
+from migrd.metrics.recorder import Metrics
+from migrd.peer.client import connect_peer
+from migrd.peer.server import serve_peers
+from migrd.peer.tls import PeerTls, TlsFiles
+from migrd.qemu.launch import QemuLauncher
+from migrd.qemu.profile_files import load_profiles
+from migrd.systemd import Notifier
+
+log = structlog.get_logger(__name__)
+
+TLS_RELOAD_S: Final = 60.0
+DAY_S: Final = 86400.0
+
+
+async def serve(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT. Raises ConfigError, JournalError when it cannot start."""
+    configure(settings.log)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(settings) as notifier:
+        notifier.ready()
+        log.info("ready", host=settings.host.name, version=migrd.__version__)
+        await stop.wait()
+        notifier.stopping()
+        log.info("stopping; guests and QEMUs are left as they are")
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Notifier]:
+    """The whole daemon, ready inside."""
+    async with contextlib.AsyncExitStack() as stack:
+        await in_thread(_make_directories, settings)
+        metrics = Metrics(settings.peers)
+        world = await _world(settings, metrics, stack)
+        engine = await stack.enter_async_context(Engine(world))
+        exposition = Exposition(metrics, engine.service)
+        probe = LoopLagProbe(metrics.loop_lag)
+        background = await stack.enter_async_context(_background())
+        background.create_task(probe.run(), name="loop-lag")
+        background.create_task(exposition.run(), name="metrics")
+        await _listen_for_peers(settings, engine, background, stack)
+        await _listen_for_clients(settings, engine, exposition, stack)
+        notifier = Notifier()
+        background.create_task(notifier.feed_watchdog(probe.take_worst_s), name="watchdog")
+        yield notifier
+
+
+def _make_directories(settings: Settings) -> None:
+    """Blocking."""
+    for directory in (
+        settings.host.state_dir,
+        settings.host.runtime_dir,
+        settings.journal.path.parent,
+    ):
+        try:
+            directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise ConfigError(f"{directory} cannot be made: {exc.strerror}") from exc
+
+
+@contextlib.asynccontextmanager
+async def _background() -> AsyncIterator[asyncio.TaskGroup]:
+    """Tasks that end with the daemon; a defect in one of them ends it."""
+
+    async def stopped() -> None:
+        raise _Stopped
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            try:
+                yield group
+            finally:
+                group.create_task(stopped())
+    except* _Stopped:
+        pass
+
+
+class _Stopped(Exception):
+    """Ends the background tasks."""
+
+
+# The world ----------------------------------------------------------------------------------------
+
+
+async def _world(settings: Settings, metrics: Metrics, stack: contextlib.AsyncExitStack) -> World:
+    journal = await stack.enter_async_context(
+        open_journal(
+            settings.journal.path,
+            retention=Retention(
+                settings.journal.keep_days * DAY_S, settings.journal.keep_migrations
+            ),
+            on_commit=metrics.journal_committed,
+        )
+    )
+    profiles = await in_thread(load_profiles, settings.host.profiles_dir)
+    launcher = QemuLauncher(
+        profiles, settings.host.runtime_dir, settings.host.adopt_dir, observe=metrics.qmp_called
+    )
+    stack.push_async_callback(launcher.close)
+    peers: dict[str, Peer] = {}
+    tls = await _peer_tls(settings)
+    for name, entry in settings.peers.items():
+        if tls is not None:
+            peer = await stack.enter_async_context(connect_peer(name, entry.url, tls))
+            peers[name] = peer
+    options = engine_options(settings)
+    stream = Stream(history=options.history, queue=options.queue)
+    return World(options, journal, launcher, peers, stream, observer=metrics)
+
+
+async def _peer_tls(settings: Settings) -> PeerTls | None:
+    peer = settings.peer
+    if peer.cert is None or peer.key is None or peer.ca is None:
+        return None  # then there are no peers: the configuration's own rule
+    return await PeerTls.load(TlsFiles(peer.cert, peer.key, peer.ca), settings.host.name)
+
+
+def engine_options(settings: Settings) -> EngineOptions:
+    """The engine's part of the configuration."""
+    migration = settings.migration
+    tls = None
+    if migration.tls is Tls.REQUIRED and migration.tls_dir is not None:
+        tls = TlsIdentity(str(migration.tls_dir))
+    return EngineOptions(
+        host=settings.host.name,
+        listen_host=migration.listen_host,
+        migration_hosts={
+            name: entry.migration_host
+            for name, entry in settings.peers.items()
+            if entry.migration_host is not None
+        },
+        tls=tls,
+        outgoing_slots=migration.outgoing_slots,
+        incoming_slots=migration.incoming_slots,
+        preflight_deadline_s=migration.preflight_deadline_s,
+        prepare_deadline_s=migration.prepare_deadline_s,
+        switchover_deadline_s=migration.switchover_deadline_s,
+        grant_deadline_s=migration.grant_deadline_s,
+        rollback_deadline_s=migration.rollback_deadline_s,
+        release_deadline_s=migration.release_deadline_s,
+        stall_s=migration.stall_s,
+        receive_idle_s=migration.receive_idle_s,
+        loaded_idle_s=migration.loaded_idle_s,
+        watch_interval_s=settings.watch.interval_s,
+        history=settings.events.history_events,
+        queue=settings.events.queue_events,
+        peers={name: entry.url for name, entry in settings.peers.items()},
+        migrd_version=migrd.__version__,
+    )
+
+
+# Listeners ----------------------------------------------------------------------------------------
+
+
+async def _listen_for_peers(
+    settings: Settings,
+    engine: Engine,
+    background: asyncio.TaskGroup,
+    stack: contextlib.AsyncExitStack,
+) -> None:
+    tls = await _peer_tls(settings)
+    if tls is None or settings.peer.listen_host is None:
+        return
+    background.create_task(_reload_tls(tls), name="peer-tls")
+    roster = frozenset(name.lower() for name in settings.peers)
+    await stack.enter_async_context(
+        serve_peers(
+            engine.reception, roster, tls, settings.peer.listen_host, settings.peer.listen_port
+        )
+    )
+
+
+async def _reload_tls(tls: PeerTls) -> None:
+    """Renewed certificates take effect by themselves."""
+    while True:
+        await asyncio.sleep(TLS_RELOAD_S)
+        await tls.reload_if_changed()
+
+
+async def _listen_for_clients(
+    settings: Settings,
+    engine: Engine,
+    exposition: Exposition,
+    stack: contextlib.AsyncExitStack,
+) -> None:
+    api = settings.api
+
+    def metrics() -> tuple[bytes, str, str]:
+        snapshot = exposition.serve()
+        return snapshot.body, snapshot.content_type, snapshot.etag
+
+    defaults = Defaults(settings.migration.default_policy(), settings.migration.multifd_channels)
+    app = build_app(
+        engine.service,
+        metrics=metrics,
+        defaults=defaults,
+        limits=Limits(body_limit_bytes=api.body_limit_bytes),
+        gate=Gate(frozenset(api.allow_uids), frozenset(api.allow_gids)),
+    )
+    server = await stack.enter_async_context(serving(app))
+    gid = await in_thread(_gid, api.socket_group)
+    await server.serve_unix(api.socket, mode=api.socket_mode, gid=gid)
+    await _listen_on_tcp(settings, server)
+
+
+async def _listen_on_tcp(settings: Settings, server: ApiServer) -> None:
+    tcp = settings.api.tcp
+    if tcp is None or tcp.token_file is None:
+        return
+    tokens = await in_thread(load_tokens, tcp.token_file)
+    tls = None
+    if tcp.tls_cert is not None:
+        tls = await in_thread(_server_tls, tcp.tls_cert, tcp.tls_key)
+    await server.serve_tcp(tcp.host, tcp.port, tokens=tokens, tls=tls)
+
+
+def _server_tls(cert: Path, key: Path | None) -> ssl.SSLContext:
+    """Blocking. Raises ConfigError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as exc:
+        raise ConfigError(
+            f"api.tcp.tls_cert {cert} or tls_key {key} cannot be used: {exc}"
+        ) from exc
+    return context
+
+
+def _gid(group: str | None) -> int:
+    """Blocking. Raises ConfigError."""
+    if group is None:
+        return -1
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ConfigError(
+            f"api.socket_group {group!r} is no group of this system: create it, or name another"
+        ) from None
