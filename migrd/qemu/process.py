@@ -24,7 +24,6 @@ unknown, which costs the proof of its death and nothing else.
 
 import asyncio
 import errno
-import logging
 import os
 import select
 import signal
@@ -43,8 +42,6 @@ from migrd.qemu.sockets import open_socket
 _STATE, _START_TIME = 0, 19
 """Fields 3 and 22 of /proc/<pid>/stat (proc(5)), counted from behind the command's name."""
 _UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
-
-log = logging.getLogger(__name__)
 
 
 class Life(Enum):
@@ -110,6 +107,19 @@ def identify(pid: int) -> ProcessIdentity | None:
         os.close(pidfd)
 
 
+def hold_child(pid: int) -> tuple[ProcessIdentity, int]:
+    """Name our own child, which nobody has reaped yet, and a pidfd of it (the caller's to close).
+
+    Works for one that has exited already. Blocking. Raises OSError.
+    """
+    pidfd = os.pidfd_open(pid)
+    start_ticks = _start_ticks(pid)
+    if start_ticks is None:
+        os.close(pidfd)
+        raise OSError(errno.EACCES, "its /proc entry cannot be read", f"/proc/{pid}/stat")
+    return ProcessIdentity(pid, start_ticks, boot_id(), _own_pid_namespace()), pidfd
+
+
 def look_up(identity: ProcessIdentity) -> tuple[Life, int | None]:
     """What is proven of this process now, and a pidfd of it (the caller's to close) if ALIVE."""
     if identity.boot_id != boot_id():
@@ -151,6 +161,20 @@ def _has_exited(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def kill_once(identity: ProcessIdentity) -> None:
+    """SIGKILL to exactly this process, if it still lives. Blocking."""
+    life, pidfd = look_up(identity)
+    if pidfd is None:
+        return
+    try:
+        if life is Life.ALIVE:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except OSError:
+        pass  # it has exited, or is not ours to signal: looking again will tell
+    finally:
+        os.close(pidfd)
 
 
 def listener_pid(path: Path) -> int | None:

@@ -1,0 +1,113 @@
+"""What a QEMU binary offers, asked of a process that has no machine and lives for a moment.
+
+    qemu -machine none -qmp stdio  ◄── qmp_capabilities, query-qmp-schema, quit
+                                   ──► greeting (version), schema (features), the end
+
+A binary is asked once, and again when the file has changed. A wrapper script hides a change behind
+it until the daemon restarts.
+"""
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import orjson
+
+from migrd.core.facts import Feature
+from migrd.engine.threads import in_thread
+from migrd.errors import VmmDied, VmmTimedOut
+from migrd.qemu.samples import read_version
+from migrd.qemu.schema import read_schema
+from migrd.qemu.wire import json_object
+
+PROBE_DEADLINE_S: Final = 10.0
+_QUESTIONS: Final = b"".join(
+    orjson.dumps({"execute": command, "id": command}) + b"\n"
+    for command in ("qmp_capabilities", "query-qmp-schema", "quit")
+)
+
+Signature = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One binary's answer."""
+
+    version: str
+    """For people."""
+    features: frozenset[Feature]
+
+
+@dataclass
+class Prober:
+    """Asks binaries, and remembers. One task asks one binary at a time."""
+
+    _known: dict[str, tuple[Signature, Probed]] = field(default_factory=dict)
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def ask(self, binary: str, accelerator: str, environment: Mapping[str, str]) -> Probed:
+        """Raises VmmDied when it does not run or says nothing useful, VmmTimedOut."""
+        async with self._asking:
+            return await in_thread(self._ask, binary, accelerator, environment)
+
+    def _ask(self, binary: str, accelerator: str, environment: Mapping[str, str]) -> Probed:
+        try:
+            about = os.stat(binary)
+        except OSError as failure:
+            raise _useless(binary, failure.strerror or str(failure)) from failure
+        signature = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+        known = self._known.get(binary)
+        if known is not None and known[0] == signature:
+            return known[1]
+        probed = _run(binary, accelerator, environment)
+        self._known[binary] = (signature, probed)
+        return probed
+
+
+def _run(binary: str, accelerator: str, environment: Mapping[str, str]) -> Probed:
+    fixed = ["-nodefaults", "-no-user-config", "-display", "none", "-machine", "none"]
+    argv = [binary, *fixed, "-accel", accelerator.partition(",")[0], "-qmp", "stdio"]
+    try:
+        done = subprocess.run(
+            argv,
+            input=_QUESTIONS,
+            capture_output=True,
+            cwd="/",
+            env={"LC_ALL": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath), **environment},
+            start_new_session=True,
+            timeout=PROBE_DEADLINE_S,
+        )
+    except OSError as failure:
+        raise _useless(binary, failure.strerror or str(failure)) from failure
+    except subprocess.TimeoutExpired as failure:
+        text = f"{binary} did not answer within {PROBE_DEADLINE_S} s when asked what it offers"
+        raise VmmTimedOut(text) from failure
+    greeting, schema = _answers(done.stdout)
+    if not greeting or schema is None:
+        words = done.stderr[-1024:].decode(errors="replace").strip()
+        raise _useless(binary, words or f"it ended with code {done.returncode}")
+    return Probed(read_version(greeting), read_schema(schema).features)
+
+
+def _answers(output: bytes) -> tuple[dict[str, Any], object]:
+    greeting: dict[str, Any] = {}
+    schema: object = None
+    for line in output.splitlines():
+        try:
+            message = json_object(orjson.loads(line))
+        except orjson.JSONDecodeError:
+            continue
+        greeting = json_object(message.get("QMP")) or greeting
+        if message.get("id") == "query-qmp-schema":
+            schema = message.get("return")
+    return greeting, schema
+
+
+def _useless(binary: str, why: str) -> VmmDied:
+    return VmmDied(
+        f"{binary} does not run as a QEMU: {why}; install QEMU, or mend `binary` of the profile",
+        code="qemu_unusable",
+    )
