@@ -163,9 +163,8 @@ def _look_at_log(path: Path, wal: Path, last: LastOwner) -> WalFacts:
 
 def _check_pages(path: Path) -> None:
     """SQLite's own check, on a read-only connection: it takes the log into account and leaves
-    both files alone (all but the index it makes beside them)."""
-    shm = path.with_name(path.name + "-shm")
-    with journal_error(path):
+    both files alone."""
+    with journal_error(path), _nothing_added(path):
         uri = f"{path.absolute().as_uri()}?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
             found = [str(row[0]) for row in connection.execute("PRAGMA quick_check(3)")]
@@ -173,11 +172,22 @@ def _check_pages(path: Path) -> None:
                 f"{table} row without its migration"
                 for table, *_ in connection.execute("PRAGMA foreign_key_check")
             ][:3]
-        shm.unlink(missing_ok=True)
     if found != ["ok"]:
         raise JournalError(
             f"{path}: damaged ({'; '.join(found[:4])}): {_RESTORE}", code="journal_corrupt"
         )
+
+
+@contextlib.contextmanager
+def _nothing_added(path: Path) -> Iterator[None]:
+    """Even a read-only connection makes an index, and a log where there is none."""
+    beside = [path.with_name(path.name + end) for end in ("-shm", "-wal")]
+    added = [file for file in beside if not file.exists()]
+    try:
+        yield
+    finally:
+        for file in added:
+            file.unlink(missing_ok=True)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
