@@ -104,8 +104,23 @@ _WHY_TCP: Final = {
 }
 
 
-def unreachable(address: Address, error: BaseException) -> CommandError:
-    """The connection was not made (so nothing was asked): say where, why, and what to do."""
+Looked = int | OSError
+"""The mode of what stands at a path, or why it cannot be seen."""
+
+
+def look_at(path: Path) -> Looked:
+    """Blocking."""
+    try:
+        return os.stat(path).st_mode
+    except OSError as error:
+        return error
+
+
+def unreachable(address: Address, error: BaseException, looked: Looked) -> CommandError:
+    """The connection was not made (so nothing was asked): say where, why, and what to do.
+
+    `looked`: what `look_at` says of the socket; connect(2) says "refused" of a plain file, too.
+    """
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return Unreachable(
             f"cannot trust {address}: {printable(str(error.certificate_error))}",
@@ -119,22 +134,17 @@ def unreachable(address: Address, error: BaseException) -> CommandError:
     number = getattr(error, "errno", None)
     number = number if isinstance(number, int) else None
     if address.url is None:
-        why, cure = _why_unix(address.socket, number, error)
+        why, cure = _why_unix(looked, number, error)
     else:
         why, cure = _WHY_TCP.get(number or 0, (_reason(error), "check the address"))
     return Unreachable(f"cannot connect to the daemon at {address}: {why}", cure=cure)
 
 
-def _why_unix(path: Path, number: int | None, error: BaseException) -> tuple[str, str]:
-    try:
-        mode = os.stat(path).st_mode  # a file that is no socket also says ECONNREFUSED
-    except PermissionError:
-        return _WHY_UNIX[errno.EACCES]
-    except OSError as absent:
-        number = absent.errno or number
-    else:
-        if not stat.S_ISSOCK(mode):
-            return "it is not a socket", "give the API's socket with --socket PATH or MIGRD_SOCKET"
+def _why_unix(looked: Looked, number: int | None, error: BaseException) -> tuple[str, str]:
+    if isinstance(looked, OSError):
+        number = looked.errno or number
+    elif not stat.S_ISSOCK(looked):
+        return "it is not a socket", "give the API's socket with --socket PATH or MIGRD_SOCKET"
     return _WHY_UNIX.get(number or 0, (_reason(error), "`migrd doctor` checks the host"))
 
 

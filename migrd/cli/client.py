@@ -17,6 +17,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 from urllib.parse import quote
@@ -25,7 +26,7 @@ import aiohttp
 from yarl import URL
 
 import migrd
-from migrd.cli.address import Address, not_migrd, unreachable
+from migrd.cli.address import Address, look_at, not_migrd, unreachable
 from migrd.cli.exits import CommandError, NoAnswer, Usage, of_status
 from migrd.cli.seen import Json, Seen
 from migrd.cli.text import printable
@@ -98,7 +99,7 @@ class Client:
         if self.address.token:
             headers["Authorization"] = f"Bearer {self.address.token}"
         self._session = aiohttp.ClientSession(
-            connector=_connector(self.address),
+            connector=await _connector(self.address),
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=None),
             auto_decompress=False,
@@ -167,7 +168,8 @@ class Client:
             ) as response:
                 yield response
         except aiohttp.ClientConnectorError as error:
-            raise unreachable(self.address, error) from error
+            looked = await asyncio.to_thread(look_at, self.address.socket)
+            raise unreachable(self.address, error, looked) from error
         except aiohttp.ClientResponseError as error:
             raise not_migrd(self.address, error.message or type(error).__name__) from error
         except (aiohttp.ClientError, ConnectionError, ssl.SSLError) as error:
@@ -223,13 +225,17 @@ class Client:
         raise AssertionError("unreachable")
 
 
-def _connector(address: Address) -> aiohttp.BaseConnector:
+async def _connector(address: Address) -> aiohttp.BaseConnector:
     if address.url is None:
         return aiohttp.UnixConnector(path=str(address.socket))
     if not address.url.startswith("https:"):
         return aiohttp.TCPConnector()
+    return aiohttp.TCPConnector(ssl=await asyncio.to_thread(_trust, address.cacert))
+
+
+def _trust(cacert: Path | None) -> ssl.SSLContext:
     try:
-        trust = ssl.create_default_context(cafile=address.cacert and str(address.cacert))
+        return ssl.create_default_context(cafile=None if cacert is None else str(cacert))
     except (OSError, ssl.SSLError) as error:
-        raise Usage(f"cannot read the certificates in {address.cacert}: {error}") from error
-    return aiohttp.TCPConnector(ssl=trust)
+        where = printable(str(cacert))
+        raise Usage(f"cannot read the certificates in {where}: {error}") from error

@@ -222,6 +222,12 @@ def _print(console: Console, text: Cell, style: str = "") -> None:
     console.print(as_text(text, style), soft_wrap=not console.is_terminal, highlight=False)
 
 
+class _Console(Console):
+    """NO_COLOR, TERM and COLUMNS are read by rich; a reader that has gone is the caller's."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _console(*, stderr: bool) -> Console:
-    """NO_COLOR, TERM and COLUMNS are read by rich."""
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    return _Console(stderr=stderr, highlight=False, markup=False, emoji=False)

@@ -7,8 +7,10 @@ environment, the environment beats the default.
 
 import asyncio
 import os
+import signal
 import sys
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -166,11 +168,39 @@ def remote(
             async with Client(address, deadline_s=limit_s) as client:
                 return await function(Session(client, printer), *args, **kwargs)
 
-        code = asyncio.run(connected())
+        code = asyncio.run(_until_terminated(connected()))
         if code:
             click.get_current_context().exit(int(code))
 
     return common_options(hidden=True)(callback)
+
+
+async def _until_terminated(work: Coroutine[Any, Any, int | None]) -> int | None:
+    """SIGTERM and SIGHUP end the command as Ctrl-C does: the terminal is put in order first."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    received: list[int] = []
+
+    def end(number: int) -> None:
+        received.append(number)
+        task.cancel()
+
+    numbers = (signal.SIGTERM, signal.SIGHUP) if _is_main_thread() else ()
+    for number in numbers:
+        loop.add_signal_handler(number, end, number)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not received:
+            raise  # Ctrl-C: asyncio.run() makes it a KeyboardInterrupt
+        return 128 + received[0]
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 class Guarded(click.Group):
@@ -179,21 +209,15 @@ class Guarded(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except CommandError as error:
+        except MigrdError as raised:
+            error = _as_command_error(raised)
             _printer_of(ctx).problem(error)
             ctx.exit(int(error.exit_code))
-        except ExceptionGroup as group:
-            error_ = _single(group)
-            _printer_of(ctx).problem(error_)
-            ctx.exit(int(error_.exit_code))
-        except MigrdError as other:
-            _printer_of(ctx).problem(_as_command_error(other))
-            ctx.exit(int(_as_command_error(other).exit_code))
         except KeyboardInterrupt:
             ctx.exit(int(Exit.INTERRUPTED))
         except BrokenPipeError:  # `migrd migrations | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(int(Exit.OK))
+            ctx.exit(int(Exit.UNEXPECTED))  # not 0: a watch that was cut off saw no success
 
 
 def _printer_of(context: click.Context) -> Printer:
@@ -204,16 +228,9 @@ def _printer_of(context: click.Context) -> Printer:
 
 
 def _as_command_error(error: MigrdError) -> CommandError:
+    if isinstance(error, CommandError):
+        return error
     usage = isinstance(error, ConfigError | Invalid)
     return CommandError(
         error.message, code=error.code, exit_code=Exit.USAGE if usage else Exit.UNEXPECTED
     )
-
-
-def _single(group: ExceptionGroup[Exception]) -> CommandError:
-    """The one error a task group stands for; anything else is a defect and is shown whole."""
-    _, rest = group.split(CommandError)
-    found = next((e for e in group.exceptions if isinstance(e, CommandError)), None)
-    if rest is not None or found is None:
-        raise group
-    return found

@@ -1,7 +1,8 @@
 """Quantities as people type them: `100MiB/s`, `1.5G`, `500ms`, `10min`.
 
 Plain numbers mean the unit in the option's name. Letters are powers of 1024 with an `i` and of 1000
-without, as in IEC 80000-13; `Mbit/s` and the like are bits, which is how networks are sold.
+without, as in IEC 80000-13; `Mbit/s` and the like are bits, which is how networks are sold. `Mb/s`
+means either to different people, eight times apart, so it is refused.
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import Final
 
 import click
 
-_NUMBER = re.compile(r"^\s*([0-9]+(?:[.,][0-9]+)?)\s*([A-Za-z]*(?:/s|ps)?)\s*$")
+_NUMBER = re.compile(r"^\s*([0-9]+(?:[.,][0-9]+)?)\s*([A-Za-z]*(?:/s)?)\s*$")
 _BYTES: Final[Mapping[str, float]] = {
     "": 1,
     "b": 1,
@@ -51,10 +52,10 @@ def bytes_per_s(text: str) -> int:
     if parts is None:
         raise ValueError(text)
     amount, unit = parts
-    unit = unit.lower().removesuffix("/s").removesuffix("ps")
-    if unit not in _BYTES:
+    unit = unit.removesuffix("/s")
+    if unit.endswith("b") or unit.lower() not in _BYTES:
         raise ValueError(text)
-    return round(amount * _BYTES[unit])
+    return round(amount * _BYTES[unit.lower()])
 
 
 def seconds(text: str, *, unit: str) -> float:

@@ -8,7 +8,6 @@ import click
 from migrd.cli.printing import Column
 from migrd.cli.running import common_options, options_of
 from migrd.cli.text import printable
-from migrd.config import explain, load
 
 _config = click.option(
     "--config",
@@ -40,6 +39,8 @@ def check(context: click.Context, config_path: Path | None, show: bool) -> None:
       migrd config check
       migrd config check --config config/migrd.toml --show
     """
+    from migrd.config import explain, load  # here: every other command starts faster without
+
     printer = options_of(context).printer()
     settings = load(config_path, os.environ)
     explained = explain(settings)

@@ -1,0 +1,67 @@
+"""The program under test, in this process and in one of its own, and a daemon to speak with."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from migrd.cli.main import build
+from tests.cli.scripted import Daemon
+
+PROGRAM = [sys.executable, "-c", "from migrd.cli.main import build; build()(prog_name='migrd')"]
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the developer's shell says must not reach the tests."""
+    for name in [*os.environ]:
+        if name.startswith("MIGRD_") or name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def daemon(short_tmp_path: Path) -> Iterator[Daemon]:
+    """The real interface over the scripted engine, twenty times as fast as life."""
+    with Daemon(short_tmp_path / "api.sock") as running:
+        yield running
+
+
+@pytest.fixture
+def run(daemon: Daemon) -> Run:
+    """Run the program against the daemon: `run("vms", "-o", "json")`."""
+
+    def invoke(*arguments: str) -> Result:
+        return run_alone("--socket", str(daemon.socket), *arguments)
+
+    return invoke
+
+
+def run_alone(*arguments: str, stdin: str | None = None) -> Result:
+    """Run the program in this process, wherever it is told to look."""
+    return CliRunner().invoke(build(), arguments, prog_name="migrd", input=stdin)
+
+
+def parsed(result: Result) -> Any:
+    """stdout as one JSON document; nothing else may be on it."""
+    return json.loads(result.stdout)
+
+
+def spawn(daemon: Daemon, *arguments: str, **more: Any) -> subprocess.Popen[str]:
+    """The program in a process of its own, its output in pipes."""
+    environment = {**os.environ, "MIGRD_SOCKET": str(daemon.socket)}
+    return subprocess.Popen(
+        [*PROGRAM, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
