@@ -219,7 +219,9 @@ class QemuLauncher:
     def _attach_found(self, found: Found) -> Known:
         at, record = found.instance, found.record
         if record is None:
-            log.warning("%s: no launch.json that can be read; process %s", at.directory, found.life)
+            cure = "" if found.life is not Life.UNKNOWN else "; remove it if no QEMU uses it"
+            text = "%s: no launch.json that can be read, its process is %s%s"
+            log.warning(text, at.directory, found.life.value, cure)
         process = WatchedProcess(found.identity, found.life, found.pidfd, is_ours=True)
         attachment = Attachment(at.vm, at.name, at.qmp_path, at.oob_path, process)
         spec = record.spec if record is not None else VmSpec(at.vm, None)
