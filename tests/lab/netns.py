@@ -56,9 +56,9 @@ class TwoHosts:
 
     async def give_up_after_retries(self, retries: int) -> None:
         """How soon TCP in both namespaces gives up on a dead link (`tcp_retries2`)."""
-        setting = f"net.ipv4.tcp_retries2={retries}"
+        write = f"echo {retries} >/proc/sys/net/ipv4/tcp_retries2"
         for namespace in (self.left, self.right):
-            await _run("ip", "netns", "exec", namespace, "sysctl", "-qw", setting)
+            await _run(*self.command_in(namespace, ["sh", "-c", write]))
 
 
 @contextlib.asynccontextmanager

@@ -94,6 +94,23 @@ async def test_the_rate_is_limited() -> None:
         assert 0.5e6 < rate_bytes_per_s < 2.6e6  # a burst of 256 kB may come on top
 
 
+async def test_how_soon_tcp_gives_up_is_set_in_the_namespaces_only() -> None:
+    setting = "/proc/sys/net/ipv4/tcp_retries2"
+    here = read(setting)
+    async with two_hosts() as hosts:
+        await hosts.give_up_after_retries(3)
+        reading = await asyncio.create_subprocess_exec(
+            *hosts.command_in(hosts.left, ["cat", setting]), stdout=asyncio.subprocess.PIPE
+        )
+        there, _ = await reading.communicate()
+    assert there == b"3\n"
+    assert read(setting) == here
+
+
+def read(path: str) -> str:
+    return Path(path).read_text()
+
+
 def exists(namespace: str) -> bool:
     return Path("/run/netns", namespace).exists()
 
