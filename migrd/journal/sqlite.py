@@ -54,7 +54,7 @@ class SqliteJournal:
         self,
         path: Path,
         executor: ThreadPoolExecutor,
-        on_commit: Callable[[float], None] | None,
+        on_commit: Callable[[float], object] | None,
     ) -> None:
         self._path = path
         self._store: Store | None = None
@@ -262,7 +262,7 @@ async def open_journal(
     path: Path,
     *,
     retention: Retention | None = None,
-    on_commit: Callable[[float], None] | None = None,
+    on_commit: Callable[[float], object] | None = None,
     wall_s: Callable[[], float] = time.time,
 ) -> AsyncIterator[SqliteJournal]:
     """Open, or make, the journal at `path`; its directory must exist.

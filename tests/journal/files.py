@@ -13,7 +13,7 @@ NAME = "journal.db"
 def as_after_a_crash(directory: Path, copy: Path) -> Path:
     """The files of an open journal, as the death of its process would leave them; the path."""
     copy.mkdir()
-    for file in directory.iterdir():
+    for file in directory.glob(f"{NAME}*"):
         shutil.copy2(file, copy / file.name)
     return copy / NAME
 
