@@ -1,0 +1,150 @@
+"""A simulated host: its profiles, its QEMUs (which outlive every daemon), and the Launcher port."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+from migrd.core.facts import Feature, VmSpec
+from migrd.engine.ports import Vmm
+from migrd.errors import Conflict, NotFound, VmmDied
+from tests.fakes.guest import Guest
+from tests.fakes.qemu_process import FakeQemu, Load, Make
+from tests.fakes.vmm import FakeVmm
+from tests.fakes.wire import FakeWire
+
+LAUNCH_S = 0.05
+
+
+class Ground:
+    """What all hosts share: the network for guests, and the guests themselves."""
+
+    def __init__(self) -> None:
+        self.wire = FakeWire()
+        self.guests: dict[str, Guest] = {}
+        self.load = Load()
+
+    def guest(self, name: str) -> Guest:
+        """The only one of that name."""
+        return self.guests.setdefault(name, Guest(name))
+
+
+class FakeHost:
+    """A machine with QEMUs on it."""
+
+    def __init__(self, name: str, ground: Ground) -> None:
+        self.name = name
+        self.ground = ground
+        self.make = Make()
+        self.profiles: dict[str, str] = {"tiny": "pc, 256 MiB"}
+        self.launch_fails: str | None = None
+        self.qemus: list[FakeQemu] = []
+        """All whose files are on this host's disk, dead ones included."""
+        self.adopted: set[str] = set()
+        """Instances that others launched."""
+
+    def boot(self, name: str, *, profile: str | None = "tiny", running: bool = True) -> FakeQemu:
+        """A QEMU with a guest in it, launched by nobody's daemon."""
+        qemu = self.add(VmSpec(name, profile), f"boot-{name}", incoming=False)
+        if running:
+            qemu.cont()
+        return qemu
+
+    def add(self, spec: VmSpec, instance: str, *, incoming: bool) -> FakeQemu:
+        ground = self.ground
+        qemu = FakeQemu(
+            self.name,
+            spec,
+            instance,
+            ground.guest(spec.name),
+            ground.wire,
+            incoming=incoming,
+            load=ground.load,
+            make=self.make,
+        )
+        self.qemus.append(qemu)
+        return qemu
+
+    def living(self, name: str) -> list[FakeQemu]:
+        """QEMUs of a VM whose process lives."""
+        return [q for q in self.qemus if q.spec.name == name and not q.is_dead]
+
+    def qemu(self, name: str) -> FakeQemu:
+        """The only living one."""
+        living = self.living(name)
+        assert len(living) == 1, f"{self.name} has {len(living)} living QEMUs of {name}"
+        return living[0]
+
+
+class FakeLauncher:
+    """Fulfils `engine.ports.Launcher`, for one daemon's life."""
+
+    def __init__(self, host: FakeHost) -> None:
+        self.host = host
+        self._handles: dict[str, FakeVmm] = {}
+
+    def close(self) -> None:
+        """The daemon has ended."""
+        for handle in self._handles.values():
+            handle.disconnect()
+
+    def check(self, spec: VmSpec) -> str:
+        if spec.profile not in self.host.profiles:
+            raise NotFound(f"no profile {spec.profile} on {self.host.name}", code="unknown_profile")
+        text = json.dumps([self.host.profiles[spec.profile], sorted(spec.parameters.items())])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    async def probe(self, spec: VmSpec) -> tuple[str, frozenset[Feature]]:
+        self.check(spec)
+        await asyncio.sleep(0.002)
+        return self.host.make.version, self.host.make.features
+
+    async def versions(self) -> Mapping[str, str | None]:
+        return dict.fromkeys(self.host.profiles, self.host.make.version)
+
+    async def launch(self, spec: VmSpec, instance: str, *, incoming: bool) -> Vmm:
+        self.check(spec)
+        if any(q.instance == instance for q in self.host.qemus):
+            raise Conflict(f"instance {instance} exists already", code="instance_exists")
+        await asyncio.sleep(LAUNCH_S / 2)
+        if self.host.launch_fails is not None:
+            raise VmmDied(f"QEMU of {spec.name} did not start: {self.host.launch_fails}")
+        qemu = self.host.add(spec, instance, incoming=incoming)
+        await asyncio.sleep(LAUNCH_S / 2)
+        if not incoming:
+            qemu.cont()
+        return self._handle(qemu)
+
+    def _handle(self, qemu: FakeQemu) -> FakeVmm:
+        return self._handles.setdefault(qemu.instance, FakeVmm(qemu))
+
+    async def find(self) -> Sequence[Vmm]:
+        new = [q for q in self.host.qemus if q.instance not in self._handles]
+        return [self._handle(q) for q in new]
+
+    def is_managed(self, vmm: Vmm) -> bool:
+        return vmm.instance not in self.host.adopted
+
+    def spec_of(self, vmm: Vmm) -> VmSpec:
+        for qemu in self.host.qemus:
+            if qemu.instance == vmm.instance and self.is_managed(vmm):
+                return qemu.spec
+        return VmSpec(vmm.vm, None)
+
+    def serial_path(self, vmm: Vmm) -> str | None:
+        return f"/run/migrd/{vmm.vm}/{vmm.instance}/serial.log"
+
+    async def forget(self, vmm: Vmm) -> None:
+        assert vmm.is_dead, "only what is proven dead may be forgotten"
+        self.host.qemus = [q for q in self.host.qemus if q.instance != vmm.instance]
+        handle = self._handles.pop(vmm.instance, None)
+        if handle is not None:
+            handle.disconnect()
+
+    def last_words(self, vmm: Vmm) -> str:
+        for qemu in self.host.qemus:
+            if qemu.instance == vmm.instance:
+                return qemu.last_words
+        return ""
