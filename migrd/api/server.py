@@ -46,8 +46,6 @@ from migrd.errors import ConfigError, MigrdError
 log = structlog.get_logger(__name__)
 
 BACKLOG: Final = 128
-LINGER_S: Final = 2.0
-"""So long what a refused client still sends is read away, so that it sees the answer."""
 
 
 class Connection(web.RequestHandler):
@@ -241,7 +239,7 @@ async def serving(app: web.Application) -> AsyncIterator[ApiServer]:
         access_log=None,
         auto_decompress=False,
         keepalive_timeout=limits.keepalive_s,
-        lingering_time=LINGER_S,
+        lingering_time=limits.linger_s,
         shutdown_timeout=limits.shutdown_within_s,
     )
     await runner.setup()

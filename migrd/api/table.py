@@ -53,6 +53,8 @@ class Limits:
     """An idle connection is closed after so long (longer than common proxies keep theirs)."""
     unread_within_s: float = 60.0
     """A client that takes nothing of what is sent for so long is cut off."""
+    linger_s: float = 2.0
+    """So long what a refused client still sends is read away, so that it sees the answer."""
     max_connections: int = 512
     max_streams: int = 64
     """Event streams at one time."""

@@ -1,10 +1,12 @@
 """Every test of the API runs under blockbuster: a blocking call on the event loop fails it."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blockbuster import blockbuster_ctx
+from structlog.testing import capture_logs
 
 from tests.api.running import Api, running
 
@@ -13,6 +15,13 @@ from tests.api.running import Api, running
 def _no_blocking_call() -> Iterator[None]:
     with blockbuster_ctx("migrd"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def logs() -> Iterator[list[MutableMapping[str, Any]]]:
+    """What is logged, as values: rendering tracebacks is not the API's part."""
+    with capture_logs() as captured:
+        yield captured
 
 
 @pytest.fixture

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,27 +85,61 @@ class Api:
         id_: str = got.json["id"]
         return id_
 
-    async def raw(self, sent: bytes, *, deadline_s: float = DEADLINE_S) -> Got | None:
+    async def raw(self, sent: bytes) -> Got | None:
         """Send bytes, then read what comes until the server closes; None: nothing came."""
-        reader, writer = await asyncio.open_unix_connection(str(self.path))
+        async with self.wire() as wire:
+            await wire.send(sent)
+            return parse_http(await wire.to_the_end())
+
+    @asynccontextmanager
+    async def wire(self) -> AsyncIterator["Wire"]:
+        """A bare connection."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.setblocking(False)
+        with sock:
+            async with asyncio.timeout(DEADLINE_S):
+                await asyncio.get_running_loop().sock_connect(sock, str(self.path))
+                yield Wire(sock)
+
+
+class Wire:
+    """A connection by the byte. (Streams would forget what arrived when the server resets.)"""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+
+    async def send(self, content: bytes) -> None:
+        with suppress(ConnectionError):  # it may have answered already and closed
+            await self._loop.sock_sendall(self._sock, content)
+
+    async def some(self) -> bytes:
+        """What comes next; b"" when the server has closed."""
         try:
-            async with asyncio.timeout(deadline_s):
-                writer.write(sent)
-                with suppress(ConnectionError):  # it may have answered already and closed
-                    await writer.drain()
-                return parse_http(await _to_the_end(reader))
-        finally:
-            writer.close()
+            return await self._loop.sock_recv(self._sock, 65536)
+        except ConnectionResetError:
+            return b""
 
-
-async def _to_the_end(reader: asyncio.StreamReader) -> bytes:
-    content = bytearray()
-    try:
-        while chunk := await reader.read(65536):
+    async def to_the_end(self) -> bytes:
+        content = bytearray()
+        while chunk := await self.some():
             content += chunk
-    except ConnectionResetError:
-        pass
-    return bytes(content)
+        return bytes(content)
+
+    async def trickled(self, first: bytes, rest: bytes) -> bytes:
+        """What the server says to `first`, followed by `rest` again and again, until it closes."""
+
+        async def trickle() -> None:
+            await self.send(first)
+            while True:
+                await self.send(rest)
+                await asyncio.sleep(0.02)
+
+        async with asyncio.TaskGroup() as tasks:
+            slowly = tasks.create_task(trickle())
+            content = await self.to_the_end()
+            slowly.cancel()
+        return content
 
 
 def parse_http(content: bytes) -> Got | None:
@@ -113,7 +148,10 @@ def parse_http(content: bytes) -> Got | None:
         return None
     head, _, body = content.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")
-    headers = CIMultiDict(line.split(": ", 1) for line in lines)
+    headers: CIMultiDict[str] = CIMultiDict()
+    for line in lines:
+        name, _, value = line.partition(": ")
+        headers[name] = value
     length = int(headers.get("Content-Length", len(body)))
     return Got(int(first.split(" ")[1]), headers, body[:length])
 
@@ -129,6 +167,7 @@ async def running(
 ) -> AsyncIterator[Api]:
     """An API on a unix socket, with a client."""
     service = service or FakeService()
+    limits = replace(limits or Limits(), linger_s=0.2)
     app = build_app(service, metrics=lambda: METRICS, limits=limits, gate=gate, **more)
     path = tmp_path / "api.sock"
     async with serving(app) as server:
