@@ -1,13 +1,16 @@
 """The comparison must find every planted fault, and pass what is right, on a real guest's RAM."""
 
+import asyncio
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from migrd.demo.image import PAGE_BYTES, GuestImage, Pattern
 from migrd.demo.memory import compare_range
+from migrd.demo.processes import verify_memory_of
 from migrd.demo.proof import ProofFailed, heartbeats, prove_continuity, verify_memory
 from tests.lab.bare_qemu import BareQemu, migrate, until
 
@@ -189,6 +192,30 @@ async def test_each_pattern_is_predicted_byte_for_byte_after_a_move(
         assert match.visits > 2000
         continuity = prove_continuity([source.serial, destination.serial], switches=1)
         assert continuity.blackouts_s[0] < 1.0
+
+
+@pytest.mark.parametrize("pattern", Pattern)
+async def test_a_guest_frozen_at_any_instant_is_predicted(
+    pattern: Pattern, qemu_binary: Path, short_tmp_path: Path
+) -> None:
+    """SIGSTOP, unlike QEMU's own stop, comes between any two instructions of the guest."""
+    image = replace(GUEST, pattern=pattern, free_run=True)
+    backend = f"memory-backend-memfd,id=ram,size={MEMORY_MIB}M"
+    chooser = random.Random(pattern.value)
+    async with BareQemu(
+        qemu_binary,
+        short_tmp_path,
+        image,
+        memory_mib=MEMORY_MIB,
+        arguments=("-object", backend, "-machine", "memory-backend=ram"),
+    ) as qemu:
+        await qemu.qmp("cont")
+        await qemu.heartbeats_at_least(3)
+        visits = [0]
+        for _ in range(30):
+            await asyncio.sleep(chooser.uniform(0, 0.01))
+            visits.append(await asyncio.to_thread(verify_memory_of, qemu.pid, image, MEMORY_BYTES))
+    assert visits == sorted(set(visits))  # it went on in between
 
 
 async def test_ram_above_4_gib_is_compared_too(qemu_binary: Path, short_tmp_path: Path) -> None:
