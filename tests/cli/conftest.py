@@ -1,6 +1,7 @@
 """The program under test, in this process and in one of its own, and a daemon to speak with."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from click.testing import CliRunner, Result
 
 from migrd.cli.main import build
@@ -29,9 +31,16 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def daemon(short_tmp_path: Path) -> Iterator[Daemon]:
-    """The real interface over the scripted engine, twenty times as fast as life."""
-    with Daemon(short_tmp_path / "api.sock") as running:
-        yield running
+    """The real interface over the scripted engine, twenty times as fast as life.
+
+    It lives in this process, so what it logs would stand in the output of the program under test.
+    """
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        with Daemon(short_tmp_path / "api.sock") as running:
+            yield running
+    finally:
+        structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -116,9 +116,8 @@ def test_a_certificate_that_is_not_trusted_asks_for_the_authority() -> None:
 
         def serve() -> None:
             peer, _ = server.accept()
-            with peer:
-                with suppress(OSError):  # ssl.SSLError is one
-                    context.wrap_socket(peer, server_side=True)
+            with peer, suppress(OSError):  # ssl.SSLError is one
+                context.wrap_socket(peer, server_side=True)
 
         thread = threading.Thread(target=serve)
         thread.start()

@@ -1,0 +1,434 @@
+"""Each command against the real interface: what it prints, its JSON, its exit code."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from migrd.api import models
+from migrd.cli import exits
+from migrd.cli.checkup import print_checkup
+from migrd.cli.exits import Exit
+from migrd.cli.main import build
+from migrd.cli.printing import Format, Printer
+from migrd.errors import ConfigError
+from tests.cli.conftest import Run, parsed, run_alone
+from tests.cli.scripted import ODD, Daemon, Scripted
+
+
+def migration_to(run: Run, destination: str, *more: str) -> str:
+    """Ask for a migration of web1; its id."""
+    result = run("migrate", "web1", destination, *more)
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip()
+
+
+def ended(run: Run, destination: str, vm: str = "web1") -> str:
+    """A migration that has ended; its id."""
+    result = run("migrate", vm, destination, "--watch", "-o", "json")
+    return str(parsed(result)["id"])
+
+
+def until(condition: Callable[[], Any], within_s: float = 10.0) -> Any:
+    """Wait for a condition, with a deadline."""
+    deadline_s = time.monotonic() + within_s
+    while time.monotonic() < deadline_s:
+        if outcome := condition():
+            return outcome
+        time.sleep(0.02)
+    raise AssertionError("it never came to that")
+
+
+def test_vms_lists_them_as_aligned_lines(run: Run) -> None:
+    result = run("vms")
+    assert result.exit_code == 0
+    header, first, second = result.stdout.splitlines()
+    assert header.split() == ["VM", "STATE", "MEMORY", "QEMU", "PROFILE", "MIGRATION"]
+    assert first.split()[:2] == ["db1", "running"]
+    assert first.index("running") == second.index("running") == header.index("STATE")
+
+
+def test_json_is_the_apis_own_answer(run: Run) -> None:
+    id_ = ended(run, "host-b")
+    answers: list[tuple[type[models.WireModel], tuple[str, ...]]] = [
+        (models.VmList, ("vms",)),
+        (models.Vm, ("vms", "show", "web1")),
+        (models.Host, ("host",)),
+        (models.Plan, ("plan", "web1", "host-b")),
+        (models.Migration, ("migrations", "show", id_)),
+        (models.MigrationList, ("migrations",)),
+        (models.RoundList, ("rounds", id_)),
+        (models.DecisionList, ("decisions", id_)),
+    ]
+    for model, arguments in answers:
+        model.model_validate_json(run(*arguments, "-o", "json").stdout)
+
+
+def test_jsonl_is_one_item_a_line(run: Run) -> None:
+    lines = run("vms", "-o", "jsonl").stdout.splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["db1", "web1"]
+    (line,) = run("host", "-o", "jsonl").stdout.splitlines()
+    assert json.loads(line)["name"] == "host-a"
+    (line,) = run("vms", "show", "web1", "-o", "jsonl").stdout.splitlines()
+    assert json.loads(line)["name"] == "web1"
+
+
+def test_the_format_may_stand_before_or_after_the_command_or_in_the_environment(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert parsed(run("-o", "json", "vms"))["items"]
+    assert parsed(run("vms", "list", "-o", "json"))["items"]
+    monkeypatch.setenv("MIGRD_OUTPUT", "json")
+    assert parsed(run("vms"))["items"]
+    assert run("vms", "-o", "table").stdout.startswith("VM")
+    monkeypatch.setenv("MIGRD_OUTPUT", "xml")
+    result = run("vms")
+    assert result.exit_code == Exit.USAGE
+    assert "'xml'" in result.stderr
+
+
+def test_host_shows_slots_peers_and_what_is_not_known(run: Run) -> None:
+    out = run("host").stdout
+    assert "0 of 4 slots in use" in out
+    assert "all IOMMUs track dirty pages  unknown" in out
+    assert "small (QEMU unknown), standard (QEMU 10.0.2)" in out
+    assert "not asked yet" in out
+
+
+def test_a_vm_is_defined_started_stopped_and_forgotten(run: Run) -> None:
+    dry = run("vms", "define", "new1", "--profile", "standard", "--dry-run")
+    assert "would be defined" in dry.stdout
+    assert run("vms", "show", "new1").exit_code == Exit.NOT_FOUND
+    defined = run("vms", "define", "new1", "--profile", "standard", "--set", "memory_mib=64")
+    assert "new1 is defined" in defined.stdout
+    assert parsed(run("vms", "show", "new1", "-o", "json"))["parameters"] == {"memory_mib": 64}
+    assert "new1 is running" in run("start", "new1").stdout
+    assert run("vms", "forget", "new1").exit_code == Exit.REFUSED
+    assert "new1 is stopped" in run("vms", "stop", "new1").stdout
+    assert run("vms", "forget", "new1").exit_code == 0
+    assert run("vms", "show", "new1").exit_code == Exit.NOT_FOUND
+
+
+def test_start_with_a_profile_defines_the_vm_first(run: Run) -> None:
+    assert run("start", "new2", "--profile", "small", "--set", "debug=true").exit_code == 0
+    vm = parsed(run("vms", "show", "new2", "-o", "json"))
+    assert (vm["profile"], vm["parameters"], vm["state"]) == ("small", {"debug": True}, "running")
+
+
+def test_plan_lists_every_refusal_with_its_cure_and_exits_4(run: Run) -> None:
+    result = run("plan", "web1", "host-refuses")
+    assert result.exit_code == Exit.REFUSED
+    assert "cannot be migrated" in result.stdout
+    assert "[no_memory]" in result.stdout
+    assert "[no_profile]" in result.stdout
+    assert "try: stop a VM" in result.stdout
+    assert run("plan", "web1", "host-b").exit_code == 0
+
+
+def test_migrate_prints_the_id_alone_on_stdout(run: Run, daemon: Daemon) -> None:
+    id_ = migration_to(run, "host-b")
+    assert daemon.call(lambda engine: id_ in engine.migrations_by_id)
+
+
+def test_what_was_wished_reaches_the_daemon_and_nothing_else(run: Run, daemon: Daemon) -> None:
+    id_ = migration_to(
+        run,
+        "host-b",
+        *("--downtime-limit-ms", "1.5s", "--deadline-s", "10min"),
+        *("--max-bandwidth", "100MiB/s", "--when-not-converging", "throttle"),
+        *("--max-throttle-percent", "60", "--multifd", "4", "--allow-postcopy"),
+    )
+    request = daemon.call(lambda engine: engine.migrations_by_id[id_].state.request)
+    policy = request.policy
+    assert (policy.downtime_limit_s, policy.deadline_s) == (1.5, 600)
+    assert policy.max_bandwidth_bytes_per_s == 100 * 2**20
+    assert (policy.when_not_converging, policy.max_throttle_percent) == ("throttle", 60)
+    assert (request.multifd_channels, request.allow_postcopy) == (4, True)
+
+
+def test_the_same_idempotency_key_gives_the_same_migration(run: Run) -> None:
+    first = migration_to(run, "host-b", "--idempotency-key", "K1")
+    assert migration_to(run, "host-b", "--idempotency-key", "K1") == first
+    other = run("migrate", "db1", "host-b", "--idempotency-key", "K1")
+    assert other.exit_code == Exit.USAGE
+    assert "[idempotency_key_reused]" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("destination", "code", "where"),
+    [
+        ("host-b", Exit.OK, "web1 runs on host-b (the destination)"),
+        ("host-refuses", Exit.REFUSED, "web1 runs on host-a (the source); refused"),
+        ("host-fails", Exit.ENDED_OTHERWISE, "web1 runs on host-a (the source); rolled back"),
+        ("host-lost", Exit.GUEST_LOST, "web1 runs nowhere: the guest is lost"),
+        ("host-unknown", Exit.NEEDS_OPERATOR, "It is not known where web1 runs"),
+    ],
+)
+def test_watching_ends_with_where_the_guest_is_and_the_code_for_it(
+    run: Run, destination: str, code: Exit, where: str
+) -> None:
+    result = run("migrate", "web1", destination, "--watch")
+    assert result.exit_code == code, result.output
+    assert where in result.stdout
+    id_ = parsed(run("migrations", "-o", "json"))["items"][0]["id"]
+    again = run("watch", id_[:8])
+    assert again.exit_code == code
+    assert where in again.stdout
+
+
+def test_a_failure_names_its_cause_and_the_next_step(run: Run) -> None:
+    out = run("migrate", "web1", "host-fails", "--watch").stdout
+    assert "the destination's QEMU exited with status 1 [destination_died]" in out
+    assert "look at the destination's log" in out
+
+
+def test_needs_operator_says_which_command_settles_it(run: Run) -> None:
+    id_ = parsed(run("migrate", "web1", "host-unknown", "-w", "-o", "json"))["id"]
+    assert f"migrd resolve {id_} RESOLUTION --evidence TEXT" in run("watch", id_).stdout
+
+
+def test_every_round_and_decision_is_listed(run: Run) -> None:
+    id_ = ended(run, "host-b")
+    rounds = run("rounds", id_).stdout.splitlines()
+    assert rounds[0].split()[0] == "ROUND"
+    assert [line.split()[0] for line in rounds[1:]] == ["1", "2", "3"]
+    assert "4.0 GiB" in rounds[1]
+    decisions = run("decisions", id_).stdout
+    assert "switch over" in decisions
+    assert "fits_downtime_limit" in decisions
+
+
+def test_a_migration_is_described_while_it_goes_on(run: Run) -> None:
+    id_ = migration_to(run, "host-never")
+    until(lambda: parsed(run("rounds", id_, "-o", "json"))["items"])
+    out = run("migrations", "show", id_).stdout
+    assert "web1 runs on host-a (the source); in phase precopy" in out
+    assert "limit 300 ms" in out
+    assert "when not converging: wait" in out
+    assert run("cancel", id_).exit_code == 0
+
+
+def test_a_migration_is_cancelled_and_the_second_wish_is_already_so(run: Run) -> None:
+    id_ = migration_to(run, "host-never")
+    first = run("cancel", id_[:8])
+    assert first.exit_code == 0
+    assert parsed(run("cancel", id_, "-o", "json"))["admission"] == "already_so"
+    assert run("watch", id_).exit_code == Exit.ENDED_OTHERWISE
+
+
+def test_a_cancel_that_comes_too_late_is_denied(run: Run) -> None:
+    result = run("cancel", ended(run, "host-b"))
+    assert result.exit_code == Exit.REFUSED
+    assert "[past_point_of_no_return]" in result.stderr
+
+
+def test_a_switchover_can_be_forced(run: Run) -> None:
+    id_ = migration_to(run, "host-never")
+    until(lambda: "precopy" in run("migrations", "show", id_).stdout)
+    assert run("switchover", id_).exit_code == 0
+    assert run("watch", id_).exit_code == 0
+
+
+def test_the_policy_is_changed_and_what_is_not_named_stays(run: Run) -> None:
+    id_ = migration_to(run, "host-never", "--deadline-s", "777")
+    result = run("policy", id_, "--downtime-limit-ms", "5s", "-o", "json")
+    assert result.exit_code == 0, result.output
+    assert parsed(result)["migration"]["policy"]["downtime_limit_ms"] == 5000
+    assert parsed(result)["migration"]["policy"]["deadline_s"] == 777
+    assert run("watch", id_).exit_code == 0
+    assert run("policy", id_).exit_code == Exit.USAGE
+
+
+def test_an_operator_settles_what_is_not_known(run: Run) -> None:
+    id_ = ended(run, "host-unknown")
+    assert run("resolve", id_, "destination_fenced").exit_code == Exit.USAGE
+    result = run("resolve", id_, "destination_fenced", "--evidence", "seen dark")
+    assert result.exit_code == 0
+    assert run("watch", id_).exit_code == Exit.ENDED_OTHERWISE
+    again = run("resolve", id_, "guest_lost", "--evidence", "x")
+    assert again.exit_code == Exit.REFUSED
+
+
+def test_events_shows_the_history_and_ends(run: Run) -> None:
+    id_ = ended(run, "host-b")
+    events = [json.loads(line) for line in run("events", "-o", "jsonl").stdout.splitlines()]
+    assert events[0]["kind"] == "migration.phase"
+    assert {event["migration_id"] for event in events} == {id_}
+    assert parsed(run("events", "-o", "json"))["items"] == events
+    after = run("events", "--after", str(events[-2]["id"]), "-o", "jsonl").stdout.splitlines()
+    assert [json.loads(line)["id"] for line in after] == [events[-1]["id"]]
+    assert "phase=succeeded" in run("events", "--kind", "migration.phase").stdout
+    assert "migration.round" not in run("events", "--kind", "migration.phase").stdout
+    assert run("events", "--vm", "db1").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("vms", "show", "nobody"), Exit.NOT_FOUND, "[unknown_vm]"),
+        (("migrate", "nobody", "host-b"), Exit.NOT_FOUND, "`migrd vms` lists"),
+        (("migrate", "web1", "mars"), Exit.NOT_FOUND, "`migrd host` lists"),
+        (("watch", "0000"), Exit.NOT_FOUND, "[unknown_migration]"),
+        (("cancel", "5a3cbb2c-6a8f-4b0c-9d1f-0c5d5c2f6f10"), Exit.NOT_FOUND, "unknown_migration"),
+        (("start", "new", "--profile", "none"), Exit.NOT_FOUND, "[unknown_profile]"),
+        (("migrate", "web1", "host-b", "--downtime-limit-ms", "0"), Exit.USAGE, "downtime_limit"),
+        (("migrate", "web1", "host-b", "--deadline-s", "soon"), Exit.USAGE, "90s or 10min"),
+        (("migrate", "web1"), Exit.USAGE, "Missing argument"),
+        (("vms", "define", "new"), Exit.USAGE, "--profile"),
+        (("start", "new", "--set", "a=1"), Exit.USAGE, "--profile"),
+        (("vms", "show", ".."), Exit.USAGE, "no name"),
+        (("vms", "show", "a/../../b?x=1#"), Exit.USAGE, "pattern"),
+    ],
+)
+def test_what_is_wrong_has_its_code_and_says_what_to_do(
+    run: Run, arguments: tuple[str, ...], code: Exit, said: str
+) -> None:
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert said in result.stderr
+    assert result.stdout == ""
+
+
+def test_all_violations_are_listed_at_once_and_verbose_shows_the_whole_answer(run: Run) -> None:
+    wrong = ("--downtime-limit-ms", "0", "--multifd", "999", "--max-throttle-percent", "100")
+    result = run("migrate", "web1", "host-b", *wrong)
+    assert result.exit_code == Exit.USAGE
+    for field in ("downtime_limit_ms", "multifd_channels", "max_throttle_percent"):
+        assert f"{field}: " in result.stderr
+    assert '"request_id"' not in result.stderr
+    assert '"request_id"' in run("migrate", "web1", "host-b", *wrong, "--verbose").stderr
+
+
+def test_an_ambiguous_beginning_of_an_id_is_refused(run: Run, daemon: Daemon) -> None:
+    id_ = ended(run, "host-b")
+    twin = id_[:9] + "0" * 27
+
+    def add_twin(engine: Scripted) -> None:
+        first = engine.migrations_by_id[id_]
+        engine.migrations_by_id[twin] = replace(first, state=replace(first.state, id=twin))
+
+    daemon.call(add_twin)
+    result = run("watch", id_[:8])
+    assert result.exit_code == Exit.USAGE
+    assert id_ in result.stderr.replace("\n", " ")
+    assert run("watch", id_[:12]).exit_code == 0
+
+
+def test_a_second_migration_of_the_vm_is_a_conflict(run: Run) -> None:
+    id_ = migration_to(run, "host-never")
+    result = run("migrate", "web1", "host-b")
+    assert result.exit_code == Exit.REFUSED
+    assert "[already_migrating]" in result.stderr
+    assert run("cancel", id_).exit_code == 0
+
+
+def test_text_that_would_steer_the_terminal_is_shown_written_out(run: Run) -> None:
+    id_ = parsed(run("migrate", "web1", "host-odd", "--watch", "-o", "json"))["id"]
+    outputs = [
+        run("host"),
+        run("watch", id_),
+        run("migrations"),
+        run("migrations", "show", id_),
+        run("decisions", id_),
+        run("events"),
+    ]
+    for result in outputs:
+        assert "\x1b" not in result.output
+        assert "\x9b" not in result.output
+        assert "\u202e" not in result.output
+    assert "\\x1b[2J" in outputs[1].stdout
+    assert "[bold red]markup[/]" in outputs[1].stdout
+    raw = run("decisions", id_, "-o", "json")
+    assert parsed(raw)["items"][0]["message"] == ODD
+    assert raw.stdout.isascii()
+
+
+def test_help_documents_every_exit_code_and_each_command_has_its_own(run: Run) -> None:
+    result = run_alone("--help")
+    assert result.exit_code == 0
+    for code, meaning in exits.MEANING.items():
+        assert f"{code.value}  {meaning}" in result.stdout
+        assert f"| {code.value} | {meaning} |" in exits.as_markdown()
+    for name, command in build().commands.items():
+        shown = run_alone(name, "--help")
+        assert shown.exit_code == 0
+        assert f"  {name} " in result.stdout
+        assert command.short_help
+        assert max(len(line) for line in shown.stdout.splitlines()) <= 100
+
+
+def test_completion_knows_vms_hosts_and_migrations(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def complete(words: str) -> str:
+        monkeypatch.setenv("_MIGRD_COMPLETE", "bash_complete")
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        return run_alone().stdout
+
+    monkeypatch.setenv("MIGRD_SOCKET", str(daemon.socket))
+    assert complete("migrd migr").split() == ["plain,migrate", "plain,migrations"]
+    assert complete("migrd migrate w").split() == ["plain,web1"]
+    assert "plain,host-b" in complete("migrd migrate web1 ")
+    monkeypatch.setenv("MIGRD_SOCKET", "/nonexistent")
+    assert complete("migrd migrate w") == "\n" or complete("migrd migrate w") == ""
+
+
+def test_commands_from_above_this_layer_share_messages_and_codes() -> None:
+    @click.command("serve")
+    def serve() -> None:
+        """Run the daemon."""
+        raise ConfigError("api.socket is wrong")
+
+    result = CliRunner().invoke(build([serve]), ["serve"], prog_name="migrd")
+    assert result.exit_code == Exit.USAGE
+    assert "error: api.socket is wrong [bad_configuration]" in result.stderr
+    assert "serve" in CliRunner().invoke(build([serve]), ["--help"]).stdout
+
+
+def test_a_configuration_is_checked_without_a_daemon(tmp_path: Path) -> None:
+    good = tmp_path / "good.toml"
+    good.write_text('[host]\nname = "host-a"\n')
+    result = run_alone("config", "check", "--config", str(good), "--show")
+    assert result.exit_code == 0, result.output
+    assert "1 settings set" in result.stdout
+    assert f"{good}:2" in result.stdout
+    assert parsed(run_alone("config", "check", "--config", str(good), "-o", "json"))["ok"] is True
+    bad = tmp_path / "bad.toml"
+    bad.write_text('[host]\nnmae = "x"\n[api]\nbody_limit_bytes = "many"\n')
+    result = run_alone("config", "check", "--config", str(bad))
+    assert result.exit_code == Exit.USAGE
+    assert "nmae" in result.stderr
+    assert "body_limit_bytes" in result.stderr
+
+
+class Finding:
+    def __init__(self, name: str, status: str, message: str, cure: str = "") -> None:
+        self.name, self.status, self.message, self.cure = name, status, message, cure
+
+
+def test_a_checkup_shows_the_cure_of_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    findings = [
+        Finding("python", "ok", "3.11.2", "not needed"),
+        Finding("kvm", "warn", "no /dev/kvm", "load the kvm module"),
+        Finding("qemu", "fail", "not found", "apt install qemu-system-x86"),
+    ]
+    assert print_checkup(Printer(), findings) is Exit.UNEXPECTED
+    out = capsys.readouterr().out
+    assert "do: apt install qemu-system-x86" in out
+    assert "not needed" not in out
+    assert "1 of these must be mended" in out
+    assert print_checkup(Printer(), findings[:2]) is Exit.OK
+    capsys.readouterr()
+    assert print_checkup(Printer(Format.JSON), findings) is Exit.UNEXPECTED
+    assert [item["status"] for item in json.loads(capsys.readouterr().out)["items"]] == [
+        "ok",
+        "warn",
+        "fail",
+    ]
