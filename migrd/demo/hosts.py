@@ -30,8 +30,7 @@ STOP_S: Final = 10.0
 PROFILE: Final = """\
 description = "The demo's guest: one boot image, a serial line, software emulation"
 binary = "{binary}"
-# memory in a memfd, so that the proof can read it from outside without asking QEMU or migrd
-machine = "{machine},memory-backend=ram0"
+machine = "{machine}"
 accelerator = "tcg"
 cpu = "qemu64"
 memory_mib = "{{memory_mib}}"
@@ -39,7 +38,6 @@ serial = true
 arguments = [
     "-nodefaults",
     "-display", "none",
-    "-object", "memory-backend-memfd,id=ram0,size={{memory_mib}}M,share=on",
     "-bios", "{{firmware}}",
 ]
 

@@ -1,7 +1,8 @@
 """Processes seen from outside, through /proc: who runs, their memory, and standing still.
 
 The proof asks neither QEMU nor migrd: the kernel says how many QEMUs there are, and hands out the
-memory of the one that runs the guest (its `memory-backend-memfd`, through /proc/<pid>/fd).
+memory of the one that runs the guest (/proc/<pid>/mem, where /proc/<pid>/maps says that as much
+memory lies and the guest's own mark stands in it).
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +19,10 @@ from migrd.demo.image import GuestImage
 from migrd.demo.memory import compare_range
 
 PROC: Final = Path("/proc")
-MEMFD: Final = "memory-backend-memfd"
+MARK: Final = b"MIGRDSTA"
+MARK_ADDRESS: Final = 0x6000
+"""Where guest.S keeps its statistics."""
+CHUNK_BYTES: Final = 1 << 20
 STAND_STILL_S: Final = 5.0
 END_S: Final = 5.0
 
@@ -35,22 +40,46 @@ def qemus_of(directory: Path) -> list[int]:
     return sorted(found)
 
 
-def verify_memory_of(pid: int, image: GuestImage, memory_bytes: int) -> int:
+def verify_memory_of(pid: int, image: GuestImage, memory_bytes: int, directory: Path) -> int:
     """Compare all of the guest's RAM with the prediction; returns the visits it has made.
 
-    The process is stopped (SIGSTOP) meanwhile. Blocking. Raises ProofFailed.
+    The process is stopped (SIGSTOP) while its memory is copied into a sparse file in `directory`.
+    Blocking. Raises ProofFailed.
     """
-    with standing_still(pid):
-        progress = compare_range(image, _memory_of(pid), 0, memory_bytes)
+    copy = directory / f"memory.{pid}"
+    try:
+        with standing_still(pid):
+            _copy_memory(pid, memory_bytes, copy)
+        progress = compare_range(image, copy, 0, memory_bytes)
+    finally:
+        copy.unlink(missing_ok=True)
     return sum(progress.visits)
 
 
-def _memory_of(pid: int) -> Path:
-    for link in (PROC / str(pid) / "fd").iterdir():
+def _copy_memory(pid: int, memory_bytes: int, copy: Path) -> None:
+    with (PROC / str(pid) / "mem").open("rb", buffering=0) as memory, copy.open("wb") as out:
+        start = _start_of_ram(pid, memory_bytes, memory)
+        memory.seek(start)
+        for at in range(0, memory_bytes, CHUNK_BYTES):
+            chunk = memory.read(min(CHUNK_BYTES, memory_bytes - at))
+            if chunk.count(0) != len(chunk):
+                out.seek(at)
+                out.write(chunk)
+        out.truncate(memory_bytes)
+
+
+def _start_of_ram(pid: int, memory_bytes: int, memory: FileIO) -> int:
+    """Where the guest's RAM lies in the process: as large, and with the guest's mark in it."""
+    for line in (PROC / str(pid) / "maps").read_text().splitlines():
+        start, _, end = line.split()[0].partition("-")
+        first = int(start, 16)
+        if int(end, 16) - first < memory_bytes:
+            continue
         with contextlib.suppress(OSError):
-            if MEMFD in os.readlink(link):
-                return link
-    raise ProofFailed(f"the memory of process {pid} was not found")
+            memory.seek(first + MARK_ADDRESS)
+            if memory.read(len(MARK)) == MARK:
+                return first
+    raise ProofFailed(f"the guest's memory was not found in process {pid}")
 
 
 @contextlib.contextmanager

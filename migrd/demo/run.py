@@ -29,6 +29,7 @@ from migrd.demo.hosts import Host
 from migrd.demo.image import PAGE_BYTES, GuestImage, Pattern
 from migrd.demo.proof import Continuity, SerialTap, heartbeats, prove_continuity
 from migrd.engine.threads import in_thread
+from migrd.qemu.profile import TCG_EXTRA_KIB
 
 VM: Final = "guest"
 MIB: Final = 1 << 20
@@ -226,8 +227,10 @@ class Demo:
         if len(pids) != 1:
             raise ProofFailed(f"{len(pids)} QEMUs run instead of one: pids {pids}")
         began_s = time.monotonic()
-        memory_bytes = self._plan.memory_mib * MIB
-        await in_thread(processes.verify_memory_of, pids[0], self._image, memory_bytes)
+        memory_bytes = self._plan.memory_mib * MIB + TCG_EXTRA_KIB * 1024
+        await in_thread(
+            processes.verify_memory_of, pids[0], self._image, memory_bytes, self._directory
+        )
         compared_s = time.monotonic() - began_s
         async with alpha.client() as client:
             listed = (await client.get("migrations")).seen

@@ -240,7 +240,8 @@ class Incoming:
             await self._apply(DestinationTrigger.GUEST_LOADED, mode=Mode.POSTCOPY)
             return True
         if status in (QemuStatus.FAILED, QemuStatus.CANCELLED):
-            await self._refuse(f"QEMU: {sample.error or 'the stream broke'}")
+            error = sample.error or (await self._living().sample()).error
+            await self._refuse(f"QEMU: {error or 'the stream broke, it gave no reason'}")
             return True
         return False
 

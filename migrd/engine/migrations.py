@@ -7,6 +7,7 @@ logged with it and never takes another one down.
 
 import asyncio
 from collections.abc import Coroutine, Mapping
+from contextvars import Context
 from typing import Any, Final
 
 import structlog
@@ -203,7 +204,8 @@ class Migrations:
     # Tasks ------------------------------------------------------------------------------------
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        self._group.create_task(_guarded(work, name), name=name)
+        # A context of its own: log lines are the migration's, not those of whoever asked for it.
+        self._group.create_task(_guarded(work, name), name=name, context=Context())
 
     def _forget_old(self) -> None:
         ended = [m for m in self.outgoing.values() if m.state.is_terminal]

@@ -28,7 +28,7 @@ from migrd.core.phases import Trigger
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView
 from migrd.engine.rounds import RoundCounter, record_decision, record_round
-from migrd.errors import MigrdError, PeerError, PeerRefused, VmmDied, VmmRefused
+from migrd.errors import MigrdError, PeerError, PeerRefused, VmmDied, VmmError, VmmRefused
 
 TICK_S: Final = 0.5
 """Without a round or a change of status the situation is looked at this often."""
@@ -39,6 +39,8 @@ HOLD_S: Final = 0.001
 AT_ONCE_S: Final = 2000.0
 """The largest downtime limit QEMU takes."""
 LAST_WORD_S: Final = 5.0
+REASON_S: Final = 0.5
+"""So long the destination may take to say why it failed; the guest runs meanwhile."""
 
 LEFT_PRECOPY: Final = frozenset(
     {
@@ -99,7 +101,7 @@ class Steering:
         now_s = m.world.clock.monotonic_s()
         if sample is not None:
             self._note(sample, now_s)
-            ended = self._ended(sample)
+            ended = await self._ended(sample)
             if ended is not None:
                 return ended
             for round_ in self._counter.observe(sample):
@@ -124,15 +126,14 @@ class Steering:
             m.world.observer.transferred(m.stored.request.vm, channel, sent)
         m.sample = sample if sample.total_bytes is not None else _keep_numbers(before, sample)
 
-    def _ended(self, sample: TransferSample) -> MigrationEvent | None:
+    async def _ended(self, sample: TransferSample) -> MigrationEvent | None:
         """QEMU has left precopy, one way or the other."""
         m = self._m
         if sample.qemu_status in LEFT_PRECOPY:
             stopped_at_s = sample.stopped_at_s or sample.at_s
             return m.event(Trigger.SWITCHOVER_REACHED, stopped_at_s=stopped_at_s)
         if sample.qemu_status is QemuStatus.FAILED:
-            why = sample.error or "QEMU gave no reason"
-            return m.failed("transfer_failed", f"QEMU on {m.world.options.host}: {why}")
+            return m.failed("transfer_failed", await why_failed(m, sample))
         if sample.qemu_status is QemuStatus.CANCELLED:
             return m.failed(
                 "cancelled_outside", "somebody else cancelled the migration on QEMU's monitor"
@@ -302,6 +303,23 @@ async def _last_word(m: Outgoing) -> DestinationView | None:
                 generation = view.generation
     except (TimeoutError, PeerError):
         return None
+
+
+async def why_failed(m: Outgoing, sample: TransferSample) -> str:
+    """What both sides say about a failed transfer: the event of it comes without a reason."""
+    ours = sample.error
+    if ours is None:
+        with contextlib.suppress(VmmError):
+            ours = (await m.vmm.sample()).error
+    text = f"QEMU on {m.world.options.host}: {ours or 'it gave no reason'}"
+    with contextlib.suppress(PeerError, TimeoutError):
+        async with asyncio.timeout(REASON_S):
+            view = await m.peer.view(m.id)
+            while view.phase not in (DestinationPhase.REFUSED, DestinationPhase.LOADED):
+                view = await m.peer.view(m.id, newer_than=view.generation, wait_s=REASON_S)
+            if view.phase is DestinationPhase.REFUSED and view.reason:
+                text += f"; on {m.peer.name}: {view.reason}"
+    return text
 
 
 def _gist(decision: Decision) -> tuple[object, ...]:
