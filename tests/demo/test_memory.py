@@ -199,14 +199,17 @@ async def test_each_pattern_is_predicted_byte_for_byte_after_a_move(
         assert continuity.blackouts_s[0] < 1.0
 
 
+def thread_states(pid: int) -> set[str]:
+    stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return {stat.rpartition(")")[2].split()[0] for stat in stats}
+
+
 async def freeze(qemu: BareQemu) -> None:
     """Stop the process between any two instructions, and see all its threads stand still."""
     os.kill(qemu.pid, signal.SIGSTOP)
-    tasks = Path(f"/proc/{qemu.pid}/task")
 
     async def stands_still() -> bool:
-        stats = [(task / "stat").read_text() for task in tasks.iterdir()]
-        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+        return thread_states(qemu.pid) == {"T"}
 
     await until(stands_still, "all threads stop")
 
