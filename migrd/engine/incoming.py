@@ -14,6 +14,7 @@ ran, and the view says so (`vmm_died`). In postcopy it does not refuse by time-o
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import structlog
@@ -211,8 +212,9 @@ class Incoming:
         async with asyncio.timeout(world.options.prepare_deadline_s):
             if self.vmm is None:
                 self.vmm = await world.launcher.launch(stored.spec, stored.instance, incoming=True)
+            settings = replace(stored.settings, peer_name=stored.source)
             address = await self.vmm.prepare_incoming(
-                stored.settings, world.options.tls, world.options.listen_host
+                settings, world.options.tls, world.options.listen_host
             )
         await self._apply(DestinationTrigger.INCOMING_READY, address=address)
 
