@@ -22,6 +22,7 @@ Only the standard library and binutils are needed; the code is assembled once an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -215,12 +216,13 @@ def _assembled(name: str, address: int) -> bytes:
     cached = cache_dir() / "guest" / f"{name}-{key}.bin"
     try:
         return cached.read_bytes()
-    except FileNotFoundError:
+    except OSError:
         code = _assemble(source, address)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as aside:
-        aside.write(code)
-    os.replace(aside.name, cached)  # whole or absent, whoever else assembles it meanwhile
+    with contextlib.suppress(OSError):  # no place to keep it: assembled anew next time
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as aside:
+            aside.write(code)
+        os.replace(aside.name, cached)  # whole or absent, whoever else assembles it meanwhile
     return code
 
 

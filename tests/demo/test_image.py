@@ -69,6 +69,15 @@ def test_the_guest_is_assembled_once_and_kept_outside_the_checkout(
     assert GuestImage().rom() == first
 
 
+def test_without_a_place_to_keep_it_the_guest_is_assembled_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = GuestImage().rom()
+    (tmp_path / "migrd").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert GuestImage().rom() == expected
+
+
 def test_without_binutils_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
