@@ -175,7 +175,7 @@ class HttpPeer(WirePeer):
     def _meaning(
         self, call: str, within_s: float, attempt: _Attempt, failure: Exception
     ) -> PeerTimedOut | PeerUnreachable:
-        why = str(failure) or type(failure).__name__
+        why = _why(failure)
         if not attempt.has_connection:
             if isinstance(failure, TimeoutError):
                 why = "no connection in time"
@@ -225,6 +225,16 @@ def _base_of(name: str, url: str) -> URL:
     if base.scheme != "https" or not base.host or base.path not in ("", "/"):
         raise ConfigError(f"peer {name}: {url!r} is no address of a peer: https://host:port")
     return base.with_path(PATH.rstrip("/"))
+
+
+def _why(failure: Exception) -> str:
+    """Without aiohttp's wrapping, which names objects instead of hosts."""
+    if isinstance(failure, aiohttp.ClientConnectorCertificateError):
+        wrong = failure.certificate_error
+        return getattr(wrong, "verify_message", "") or str(wrong)
+    if isinstance(failure, aiohttp.ClientConnectorError):
+        return failure.os_error.strerror or str(failure.os_error)
+    return str(failure) or type(failure).__name__
 
 
 def _lane() -> aiohttp.ClientSession:

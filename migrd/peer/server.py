@@ -2,8 +2,10 @@
 
     TCP > TLS 1.3 with a certificate of our CA > its name is on the roster > /peer/v1/<call>
 
-- A caller that hangs up does not stop its call (`peer_service`, rule 4): aiohttp leaves the request
-  running, which is bounded by the call itself.
+- A caller that hangs up does not stop its call (`peer_service`, rule 4): each call is a task of its
+  own, and only the waiting for it ends with the connection. A `view` has nothing to finish and ends
+  too, else each lost connection would leave one behind. When the listener closes, the calls get a
+  moment to end by themselves.
 - aiohttp sets no limit on the time a body takes, and keeps connections for an hour: both are set
   here. The handshake has its own limit, so a stranger holds a socket for five seconds at most.
 - TCP_NODELAY is on: asyncio sets it on every TCP connection.
@@ -23,7 +25,7 @@ from aiohttp.typedefs import Handler
 from migrd.engine.peer_service import PeerService
 from migrd.errors import ConfigError, MigrdError, NotAuthorized, TooLarge
 from migrd.peer.answering import Reply, answer, problem, problem_reply
-from migrd.peer.messages import MAX_REQUEST_BYTES, PATH, PROTOCOL_HEADER, Observe
+from migrd.peer.messages import CALLS, MAX_REQUEST_BYTES, PATH, PROTOCOL_HEADER, Observe
 from migrd.peer.tls import PeerTls, identity
 
 KEEP_ALIVE_S: Final = 150.0
@@ -64,7 +66,7 @@ async def serve_peers(
         access_log=None,
         keepalive_timeout=KEEP_ALIVE_S,
         shutdown_timeout=_SHUTDOWN_S,
-        handler_cancellation=False,
+        handler_cancellation=True,
     )
     await runner.setup()
     try:
@@ -103,24 +105,37 @@ def peer_app(
 ) -> web.Application:
     """The application alone; it believes the TLS of the connection it runs on, and needs one."""
 
+    calls: set[asyncio.Task[Reply]] = set()
+
     async def serve(request: web.Request) -> web.Response:
         started_s = time.monotonic()
-        caller = ""
+        call = request.match_info["call"]
         try:
             caller = _caller(request, roster)
             body = await _body(request)
             protocol = request.headers.get(PROTOCOL_HEADER)
-            reply = await answer(service, caller, request.match_info["call"], protocol, body)
+            task = asyncio.create_task(answer(service, caller, call, protocol, body))
+            calls.add(task)
+            task.add_done_callback(calls.discard)
+            reply = await (task if call == "view" else asyncio.shield(task))
         except MigrdError as error:
-            reply = problem_reply(error)
-        if observe is not None and caller:
+            return _response(problem_reply(error))
+        if observe is not None and call in CALLS:
             outcome = "ok" if reply.status == 200 else "problem"
-            call = request.match_info["call"] if reply.status == 200 else "any"
             observe(caller, call, outcome, time.monotonic() - started_s)
         return _response(reply)
 
+    async def end_calls(app: web.Application) -> None:
+        if calls:
+            _, late = await asyncio.wait(calls, timeout=_SHUTDOWN_S)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
+
     app = web.Application(middlewares=[_only_problems], client_max_size=MAX_REQUEST_BYTES)
     app.router.add_post(PATH + "{call}", serve)
+    app.on_cleanup.append(end_calls)
     return app
 
 
