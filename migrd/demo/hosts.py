@@ -22,6 +22,7 @@ import trustme
 from migrd.cli.address import Address
 from migrd.cli.client import Client
 from migrd.cli.exits import CommandError
+from migrd.demo.dh import dh_params_pem
 from migrd.demo.errors import DemoFailed
 from migrd.engine.threads import in_thread
 
@@ -154,6 +155,7 @@ def _write_identity(authority: trustme.CA, host: Host) -> None:
         key.touch(mode=0o600)
         key.write_bytes(issued.private_key_pem.bytes())
     (tls / "ca-cert.pem").write_bytes(authority.cert_pem.bytes())
+    (tls / "dh-params.pem").write_text(dh_params_pem())
 
 
 async def start(host: Host) -> None:
