@@ -30,6 +30,7 @@ class Machine:
             shutil.copy(ROOT / name, self.checkout)
         self.command("id", "echo 0")
         self.command("python3", f'exec {sys.executable} "$@"')
+        self.pip_calls = directory / "pip"
 
     def command(self, name: str, script: str) -> None:
         path = self.bin / name
@@ -39,6 +40,25 @@ class Machine:
     def with_everything(self) -> None:
         for name in ("qemu-system-x86_64", "as", "ld"):
             self.command(name, "exit 0")
+
+    def with_fake_environments(self) -> None:
+        """`python3 -m venv` makes an environment whose pip only notes what it is asked for."""
+        self.with_everything()
+        pip = f'case "$*" in *" install "*) echo "$@" >>{self.pip_calls};; esac'
+        make = f"mkdir -p $3/bin; touch $3/bin/migrd; cp {self.bin}/pip $3/bin/python"
+        self.command("pip", pip)
+        for tool in ("touch", "cp", "chmod"):
+            self.bin.joinpath(tool).symlink_to(shutil.which(tool) or pytest.fail(tool))
+        self.command(
+            "python3",
+            f'case "$2" in venv) {make}; chmod +x $3/bin/*;; *) exec {sys.executable} "$@";; esac',
+        )
+
+    def installed(self) -> list[str]:
+        """What pip was asked to install since the last time."""
+        calls = self.pip_calls.read_text().splitlines() if self.pip_calls.exists() else []
+        self.pip_calls.unlink(missing_ok=True)
+        return [call.split()[-1] for call in calls]
 
     def set_up(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": str(self.bin), "HOME": os.environ.get("HOME", "/")}
@@ -103,3 +123,44 @@ def test_an_old_python_is_refused_by_name(machine: Machine) -> None:
 def test_a_wrong_argument_shows_the_usage(machine: Machine) -> None:
     done = machine.set_up("--nonesuch")
     assert (done.returncode, done.stderr) == (2, "usage: sh deploy/setup [--tests]\n")
+
+
+def test_the_environment_is_made_once_and_again_only_when_a_lock_changes(
+    machine: Machine,
+) -> None:
+    machine.with_fake_environments()
+    done = machine.set_up()
+    assert done.returncode == 0, done.stderr
+    assert machine.installed() == ["requirements.lock", "."]
+    machine.set_up()
+    assert machine.installed() == []
+    with (machine.checkout / "requirements.lock").open("a") as lock:
+        lock.write("# changed\n")
+    machine.set_up()
+    assert machine.installed() == ["requirements.lock", "."]
+
+
+def test_an_environment_for_the_tests_serves_the_demo_too_but_not_the_other_way_round(
+    machine: Machine,
+) -> None:
+    machine.with_fake_environments()
+    for tool in ("ip", "tc", "unshare", "git"):
+        machine.command(tool, "exit 0")
+    machine.set_up()
+    machine.installed()
+    assert machine.set_up("--tests").returncode == 0
+    assert machine.installed() == ["requirements.lock", "requirements-dev.lock", "."]
+    machine.set_up()
+    assert machine.installed() == []
+
+
+def test_an_environment_that_was_not_finished_is_finished_next_time(machine: Machine) -> None:
+    machine.with_fake_environments()
+    working = (machine.bin / "pip").read_text()
+    machine.command("pip", "exit 1")
+    done = machine.set_up()
+    assert done.returncode == 1
+    assert "pip could not install" in done.stderr
+    (machine.bin / "pip").write_text(working)
+    assert machine.set_up().returncode == 0
+    assert machine.installed() == ["requirements.lock", "."]
