@@ -1,0 +1,34 @@
+"""Worlds for contract tests: each test body runs on the fake and on real QEMUs."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from migrd.engine.threads import in_thread
+from tests.contract.vmm_world import FakeWorld, RealWorld, World, dirtying_guest
+
+REAL = {"7.2": "7.2", "10.0": "10"}
+"""Version -> key of `qemu_binaries`."""
+
+
+@pytest.fixture(
+    params=[
+        "fake 7.2",
+        "fake 10.0",
+        pytest.param("real 7.2", marks=pytest.mark.real),
+        pytest.param("real 10.0", marks=pytest.mark.real),
+    ]
+)
+async def world(request: pytest.FixtureRequest, short_tmp_path: Path) -> AsyncIterator[World]:
+    kind, version = request.param.split()
+    if kind == "fake":
+        world: World = FakeWorld(version, short_tmp_path)
+    else:
+        binary = request.getfixturevalue("qemu_binaries")[REAL[version]]
+        rom = await in_thread(dirtying_guest().write_rom, short_tmp_path / "guest.rom")
+        world = RealWorld(version, binary, short_tmp_path, rom)
+    try:
+        yield world
+    finally:
+        await world.close()

@@ -1,0 +1,158 @@
+"""Two hosts' QEMUs for one body of a test: simulated ones, or real ones of a given version.
+
+    World.source(...)        a Machine whose guest dirties memory, running
+    World.destination(...)   a Machine that waits for a guest, held by `-S`
+    World.kill(machine)      its process dies now
+    World.link(address)      a link to a destination that can be frozen
+
+The process of a simulated QEMU is a real one that only sleeps: its death is seen, and proven, as
+that of any other.
+"""
+
+import abc
+import contextlib
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from migrd.core.facts import TransferAddress
+from migrd.demo.image import GuestImage
+from migrd.qemu.machine import Machine
+from migrd.qemu.process import Attachment, WatchedProcess
+from tests.fakes.qmp_vm import FakeNetwork, FakeVm
+from tests.lab.freezing_proxy import freezing_proxy
+from tests.qemu.real import RealQemu, running_qemu, watch_child
+
+MIB = 1 << 20
+GUEST_DIRTIES_BYTES_PER_S = 20 * MIB
+
+
+@dataclass
+class Link:
+    """What a source connects to; `freeze` lets nothing through any more."""
+
+    address: TransferAddress
+    freeze: Callable[[], Awaitable[None]]
+
+
+class World(abc.ABC):
+    """Everything it makes ends with the `async with` around it."""
+
+    version: str
+    """"7.2" or "10.0"."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.AsyncExitStack()
+
+    @abc.abstractmethod
+    async def source(self) -> Machine: ...
+
+    @abc.abstractmethod
+    async def destination(self) -> Machine: ...
+
+    @abc.abstractmethod
+    def kill(self, machine: Machine) -> None: ...
+
+    @abc.abstractmethod
+    async def link(self, address: TransferAddress) -> Link: ...
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+
+class FakeWorld(World):
+    def __init__(self, version: str, directory: Path) -> None:
+        super().__init__()
+        self.version = version
+        self._directory = directory
+        self.network = FakeNetwork()
+        self.vms: dict[Machine, FakeVm] = {}
+        self._processes: dict[Machine, WatchedProcess] = {}
+
+    async def source(self) -> Machine:
+        machine = await self._start(FakeVm(self.network, version=self.version))
+        self.vms[machine].dirty_bytes_per_s = GUEST_DIRTIES_BYTES_PER_S
+        await machine.run_guest()
+        return machine
+
+    async def destination(self) -> Machine:
+        return await self._start(FakeVm(self.network, version=self.version, is_incoming=True))
+
+    def kill(self, machine: Machine) -> None:
+        self._processes[machine].kill()
+
+    async def link(self, address: TransferAddress) -> Link:
+        async def freeze() -> None:
+            self.network.stalled = True
+
+        return Link(address, freeze)
+
+    async def _start(self, vm: FakeVm) -> Machine:
+        return await self._stack.enter_async_context(self._running(vm))
+
+    @contextlib.asynccontextmanager
+    async def _running(self, vm: FakeVm) -> AsyncIterator[Machine]:
+        number = len(self.vms)
+        path, oob_path = (self._directory / f"{number}.{name}" for name in ("qmp", "oob"))
+        command = [sys.executable, "-c", "import time; time.sleep(600)"]
+        child = subprocess.Popen(command)  # noqa: ASYNC220 - as short as a fork
+        process = await watch_child(child.pid)
+        process.call_when_dead(vm.exit)
+        async with vm.serving(path, oob_path):
+            machine = Machine(Attachment(f"vm{number}", "1", path, oob_path, process))
+            self.vms[machine], self._processes[machine] = vm, process
+            vm.at_exit = process.kill
+            machine.start()
+            try:
+                await machine.wait_connected(within_s=5)
+                yield machine
+            finally:
+                await machine.close()
+                process.kill()
+                assert await process.wait_dead(within_s=5)
+                process.close()
+                child.poll()
+
+
+class RealWorld(World):
+    def __init__(self, version: str, binary: Path, directory: Path, rom: Path) -> None:
+        super().__init__()
+        self.version = version
+        self._binary = binary
+        self._directory = directory
+        self._rom = ("-bios", str(rom))
+        self._qemus: dict[Machine, RealQemu] = {}
+
+    async def source(self) -> Machine:
+        machine = await self._start()
+        await machine.run_guest()
+        return machine
+
+    async def destination(self) -> Machine:
+        return await self._start("-incoming", "defer")
+
+    def kill(self, machine: Machine) -> None:
+        self._qemus[machine].process.kill()
+
+    async def link(self, address: TransferAddress) -> Link:
+        target = (address.host, address.port)
+        proxy = await self._stack.enter_async_context(freezing_proxy(("127.0.0.1", 0), target))
+        assert isinstance(proxy.address, tuple)
+
+        async def freeze() -> None:
+            proxy.freeze()
+
+        return Link(TransferAddress(*proxy.address), freeze)
+
+    async def _start(self, *more: str) -> Machine:
+        running = running_qemu(self._binary, self._directory, *self._rom, *more)
+        qemu = await self._stack.enter_async_context(running)
+        self._qemus[qemu.machine] = qemu
+        return qemu.machine
+
+
+def dirtying_guest() -> GuestImage:
+    pages_per_s = GUEST_DIRTIES_BYTES_PER_S // 4096
+    return GuestImage(working_set_pages=2048, pages_per_s=pages_per_s, noise=True)
