@@ -16,6 +16,7 @@ What a failure proves
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -233,7 +234,9 @@ def _why(failure: Exception) -> str:
         wrong = failure.certificate_error
         return getattr(wrong, "verify_message", "") or str(wrong)
     if isinstance(failure, aiohttp.ClientConnectorError):
-        return failure.os_error.strerror or str(failure.os_error)
+        wrong_os = failure.os_error
+        is_errno = wrong_os.errno is not None and wrong_os.errno > 0  # of a name look-up: below
+        return os.strerror(wrong_os.errno) if is_errno else wrong_os.strerror or str(wrong_os)
     return str(failure) or type(failure).__name__
 
 
