@@ -165,6 +165,7 @@ def engine_options(settings: Settings) -> EngineOptions:
     return EngineOptions(
         host=settings.host.name,
         listen_host=migration.listen_host,
+        ports=migration.port_range,
         migration_hosts={
             name: entry.migration_host
             for name, entry in settings.peers.items()

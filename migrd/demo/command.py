@@ -14,10 +14,10 @@ from migrd.demo.run import Plan, end_kept, run
 @click.command("demo", short_help="Two hosts on this machine, and a guest that moves")
 @click.option("--memory", "memory_mib", default=256, show_default=True, help="Guest RAM, MiB.")
 @click.option(
-    "--working-set", "working_set_mib", default=48, show_default=True, help="Dirtied part, MiB."
+    "--working-set", "working_set_mib", default=96, show_default=True, help="Dirtied part, MiB."
 )
 @click.option(
-    "--dirty", "dirty_mib_per_s", default=8.0, show_default=True, help="Pace of dirtying, MiB/s."
+    "--dirty", "dirty_mib_per_s", default=20.0, show_default=True, help="Pace of dirtying, MiB/s."
 )
 @click.option(
     "--pattern",
@@ -25,6 +25,13 @@ from migrd.demo.run import Plan, end_kept, run
     default=Pattern.RANDOM.value,
     show_default=True,
     help="Order in which pages are dirtied.",
+)
+@click.option(
+    "--bandwidth",
+    "bandwidth_mib_per_s",
+    default=64,
+    show_default=True,
+    help="Limit for the migration, MiB/s, so that there is something to see; 0: none.",
 )
 @click.option("--downtime-limit-ms", default=300, show_default=True, help="Longest blackout.")
 @click.option(

@@ -1,8 +1,8 @@
 """Diffie-Hellman parameters for QEMU's TLS server, without making new ones.
 
-QEMU generates parameters each time it loads server credentials whose directory has no dh-params.pem:
-about a second of every migration. The group ffdhe2048 of RFC 7919 (appendix A.1) serves all, and
-is given there by a formula:
+QEMU generates parameters each time it loads server credentials whose directory has no
+dh-params.pem: about a second of every migration. The group ffdhe2048 of RFC 7919 (appendix A.1)
+serves all, and is given there by a formula:
 
     p = 2^2048 - 2^1984 + (floor(2^1918 * e) + 560316) * 2^64 - 1,  g = 2
 """

@@ -13,6 +13,7 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -74,7 +75,7 @@ url = "https://127.0.0.1:{other_port}"
 [migration]
 tls = "{tls}"
 tls_dir = "{dir}/tls"
-
+{migration}
 [log]
 level = "info"
 format = "json"
@@ -118,13 +119,20 @@ def free_ports(count: int) -> list[int]:
 
 
 def lay_out(
-    directory: Path, *, names: tuple[str, str], binary: str, machine: str, tls: bool
+    directory: Path,
+    *,
+    names: tuple[str, str],
+    binaries: tuple[str, str],
+    machine: str,
+    tls: bool,
+    more: Mapping[str, str] | None = None,
 ) -> tuple[Host, Host]:
-    """Write everything both daemons need. Blocking (keys are made)."""
+    """Write everything both daemons need; `more` are further settings of [migration], as TOML by
+    host name. Blocking (keys are made)."""
     authority = trustme.CA(organization_name="migrd demo")
     ports = free_ports(2)
     hosts = [Host(name, directory / name, port) for name, port in zip(names, ports, strict=True)]
-    for host, other in zip(hosts, reversed(hosts), strict=True):
+    for host, other, binary in zip(hosts, reversed(hosts), binaries, strict=True):
         for part in ("tls", "profiles", "state", "run", "firmware"):
             (host.directory / part).mkdir(parents=True, mode=0o700)
         _write_identity(authority, host)
@@ -138,6 +146,7 @@ def lay_out(
             "other": other.name,
             "other_port": other.port,
             "tls": "required" if tls else "off",
+            "migration": (more or {}).get(host.name, ""),
         }
         host.config.write_text(CONFIG.format(**values))
     (directory / "firmware").mkdir(mode=0o700)

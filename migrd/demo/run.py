@@ -44,8 +44,10 @@ class Plan:
     """What the demo was asked to do."""
 
     memory_mib: int = 256
-    working_set_mib: int = 48
-    dirty_mib_per_s: float = 8.0
+    working_set_mib: int = 96
+    dirty_mib_per_s: float = 20.0
+    bandwidth_mib_per_s: int = 64
+    """0: unlimited. The loopback is so quick that there would be little to see."""
     pattern: Pattern = Pattern.RANDOM
     downtime_limit_ms: int = 300
     when_not_converging: str = "throttle"
@@ -138,7 +140,7 @@ class Demo:
             hosts.lay_out,
             self._directory,
             names=("alpha", "beta"),
-            binary=plan.binary,
+            binaries=(plan.binary, plan.binary),
             machine=plan.machine,
             tls=plan.tls,
         )
@@ -176,6 +178,8 @@ class Demo:
             "--when-not-converging",
             plan.when_not_converging,
         ]
+        if plan.bandwidth_mib_per_s:
+            arguments += ["--max-bandwidth", f"{plan.bandwidth_mib_per_s}MiB/s"]
         if plan.multifd:
             arguments += ["--multifd", str(plan.multifd)]
         process = await asyncio.create_subprocess_exec(

@@ -15,7 +15,7 @@ from migrd.core.facts import (
     TransferSettings,
     VmFacts,
 )
-from migrd.engine.ports import TlsIdentity, TransferFeed
+from migrd.engine.ports import PortRange, TlsIdentity, TransferFeed
 from migrd.errors import VmmUnreachable
 
 
@@ -60,7 +60,11 @@ class AbsentVmm:
         self._nothing_known()
 
     async def prepare_incoming(
-        self, settings: TransferSettings, tls: TlsIdentity | None, listen_host: str
+        self,
+        settings: TransferSettings,
+        tls: TlsIdentity | None,
+        listen_host: str,
+        ports: PortRange | None = None,
     ) -> TransferAddress:
         self._nothing_known()
 

@@ -214,7 +214,7 @@ class Incoming:
                 self.vmm = await world.launcher.launch(stored.spec, stored.instance, incoming=True)
             settings = replace(stored.settings, peer_name=stored.source)
             address = await self.vmm.prepare_incoming(
-                settings, world.options.tls, world.options.listen_host
+                settings, world.options.tls, world.options.listen_host, world.options.ports
             )
         await self._apply(DestinationTrigger.INCOMING_READY, address=address)
 

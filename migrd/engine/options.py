@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from migrd.engine.ports import TlsIdentity
+from migrd.engine.ports import PortRange, TlsIdentity
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,8 @@ class EngineOptions:
     host: str
     listen_host: str = "127.0.0.1"
     """Where an incoming QEMU listens for the guest."""
+    ports: PortRange | None = None
+    """Where an incoming QEMU may listen; None: any free port."""
     migration_hosts: Mapping[str, str] = field(default_factory=dict)
     """Destination -> address for the stream, where it is not the one that host names itself."""
     tls: TlsIdentity | None = None

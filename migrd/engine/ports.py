@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from migrd.engine.peer_service import HelloFacts
 
 
+PortRange = tuple[int, int]
+"""First and last port, both included."""
+
+
 @dataclass(frozen=True)
 class TlsIdentity:
     """Where QEMU finds its credentials for the migration stream.
@@ -102,9 +106,14 @@ class Vmm(Protocol):
         """Take back what prepare_outgoing added, after a migration that did not happen."""
 
     async def prepare_incoming(
-        self, settings: TransferSettings, tls: TlsIdentity | None, listen_host: str
+        self,
+        settings: TransferSettings,
+        tls: TlsIdentity | None,
+        listen_host: str,
+        ports: PortRange | None = None,
     ) -> TransferAddress:
-        """Listen for the guest on `listen_host`; returns the address with the port chosen."""
+        """Listen for the guest on `listen_host`, at a free port of `ports` (None: any); returns
+        the address with the port chosen. VmmRefused when none is free."""
 
     async def set_limits(
         self,

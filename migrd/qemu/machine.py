@@ -30,7 +30,7 @@ from migrd.core.facts import (
     TransferSettings,
     VmFacts,
 )
-from migrd.engine.ports import TlsIdentity
+from migrd.engine.ports import PortRange, TlsIdentity
 from migrd.errors import VmmDied, VmmError, VmmRefused, VmmTimedOut, VmmUnreachable
 from migrd.qemu import migration, samples
 from migrd.qemu.feed import QemuFeed
@@ -201,13 +201,17 @@ class Machine:
         await take_back(self._ask, await self.schema())
 
     async def prepare_incoming(
-        self, settings: TransferSettings, tls: TlsIdentity | None, listen_host: str
+        self,
+        settings: TransferSettings,
+        tls: TlsIdentity | None,
+        listen_host: str,
+        ports: PortRange | None = None,
     ) -> TransferAddress:
         port = samples.read_port(await self._ask("query-migrate"))
         if port is None:  # else it listens already, and the answer to that was lost
             schema = await self.schema()
             await prepare(self._ask, schema, settings, tls, is_outgoing=False)
-            uri = migration.tcp_uri(TransferAddress(listen_host, 0))
+            uri = migration.listen_uri(listen_host, ports)
             arguments: dict[str, object] = {"uri": uri}
             if Feature.INCOMING_EXIT_ON_ERROR in schema.features:
                 arguments["exit-on-error"] = False  # stay, and say why it failed

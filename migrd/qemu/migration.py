@@ -29,6 +29,7 @@ from migrd.core.facts import (
     TransferAddress,
     TransferSettings,
 )
+from migrd.engine.ports import PortRange
 from migrd.errors import VmmRefused
 from migrd.qemu.schema import QmpSchema
 
@@ -145,6 +146,14 @@ def tcp_uri(address: TransferAddress) -> str:
     if not 0 <= address.port < 65536:
         raise VmmRefused(f"no TCP port: {address.port}", code="bad_address")
     return f"tcp:[{host}]:{address.port}" if ":" in host else f"tcp:{host}:{address.port}"
+
+
+def listen_uri(host: str, ports: PortRange | None) -> str:
+    """The URI for `migrate-incoming` at the first free port of a range (None: any)."""
+    if ports is None:
+        return tcp_uri(TransferAddress(host, 0))
+    first, last = ports
+    return f"{tcp_uri(TransferAddress(host, first))},to={last}"
 
 
 def checked_host(host: str) -> str:

@@ -199,7 +199,11 @@ class FakeVmm:
         self.qemu.limits = type(self.qemu.limits)()
 
     async def prepare_incoming(
-        self, settings: TransferSettings, tls: TlsIdentity | None, listen_host: str
+        self,
+        settings: TransferSettings,
+        tls: TlsIdentity | None,
+        listen_host: str,
+        ports: tuple[int, int] | None = None,
     ) -> TransferAddress:
         def listen() -> TransferAddress:
             if self.qemu.port is None:
