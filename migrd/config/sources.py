@@ -18,7 +18,18 @@ from migrd.errors import ConfigError
 
 PREFIX: Final = "MIGRD_"
 NOT_SETTINGS: Final = frozenset(
-    {"CONFIG", "HOST", "URL", "SOCKET", "TOKEN", "TOKEN_FILE", "OUTPUT", "FAILPOINTS"}
+    {
+        "CONFIG",
+        "FAILPOINTS",
+        "HOST",
+        "OUTPUT",
+        "PYTHON",
+        "SOCKET",
+        "TOKEN",
+        "TOKEN_FILE",
+        "URL",
+        "VENV",
+    }
 )
 """MIGRD_… variables that belong to the command line and to tests, not to the daemon's settings."""
 NOT_SETTINGS_PREFIXES: Final = ("TEST_", "DEMO_", "CLI_", "BENCH_")

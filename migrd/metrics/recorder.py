@@ -1,0 +1,76 @@
+"""Metrics: what the rest of the daemon calls when something happened.
+
+One object for all subjects, so that the engine is handed one thing. The calls are the subjects' own
+(`migrations`, `vms`, `daemon`); each counts as a change, except those that happen all the time.
+"""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry
+
+from migrd.core.facts import Round
+from migrd.metrics.daemon import DaemonMetrics
+from migrd.metrics.migrations import MigrationMetrics
+from migrd.metrics.vms import VmMetrics
+
+
+class Metrics:
+    """All hooks. Those that name a VM belong to the event loop's thread, the rest to any."""
+
+    def __init__(self, peers: Iterable[str] = ()) -> None:
+        """`peers` are the roster's names: the only ones that get a series."""
+        self.registry = CollectorRegistry()
+        self.migrations = MigrationMetrics(self.registry)
+        self.vms = VmMetrics()
+        self.daemon = DaemonMetrics(self.registry, peers)
+        self.changes = 0
+        """Grows with everything worth a new rendering. Two threads may count one change as one."""
+
+        self.loop_lag = self.daemon.loop_lag
+        self.qmp_called = self.daemon.qmp_called
+
+    def phase_changed(
+        self, role: str, phase_from: str, phase_to: str, duration_s: float | None
+    ) -> None:
+        """A migration left `phase_from` after `duration_s` (None: not known)."""
+        self.changes += 1
+        self.migrations.phase_changed(role, phase_from, phase_to, duration_s)
+
+    def migration_ended(self, role: str, outcome: str, reason: str | None = None) -> None:
+        """`outcome` is the terminal phase; `reason` the code of its cause, None for none."""
+        self.changes += 1
+        self.migrations.migration_ended(role, outcome, reason)
+
+    def blackout(self, blackout_s: float) -> None:
+        """The guest was stopped for so long."""
+        self.changes += 1
+        self.migrations.blackout(blackout_s)
+
+    def round_recorded(
+        self, vm: str, round_: Round, *, tracker: str = "qemu", outcome: str = "ok"
+    ) -> None:
+        """One more round of this VM's migration."""
+        self.changes += 1
+        self.migrations.round_counted(tracker, round_.duration_s, outcome)
+        if round_.dirty_pages_per_s is not None:
+            self.vms.dirtied(vm, tracker, round_.dirty_pages_per_s * round_.duration_s)
+
+    def transferred(self, vm: str, channel: str, bytes_delta: int) -> None:
+        """So many more bytes of `vm` have left, by channel (migrations.CHANNELS)."""
+        self.changes += 1
+        self.migrations.transferred(vm, channel, bytes_delta)
+
+    def ownership_violation(self) -> None:
+        """A guest was seen to run where it may not."""
+        self.changes += 1
+        self.migrations.ownership_violation()
+
+    def journal_committed(self, seconds: float) -> None:
+        """A journal transaction became durable in this time."""
+        self.changes += 1
+        self.daemon.journal_committed(seconds)
+
+    def peer_checked(self, name: str, up: bool) -> None:
+        """The migrd of a peer was asked, and answered or not."""
+        self.changes += 1
+        self.daemon.peer_checked(name, up)

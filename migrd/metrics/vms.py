@@ -1,0 +1,83 @@
+"""Metrics of the VMs on this host. Every series here ends when its VM is no longer tracked."""
+
+from collections.abc import Iterable
+from typing import Final
+
+from migrd.core.facts import REQUIRED_FEATURES
+from migrd.engine.service import MigrationView, VmView
+from migrd.metrics.labels import OneOf
+from migrd.metrics.migrations import TRACKERS
+from migrd.metrics.render import Family, LabelValues, Rows
+
+VERDICTS: Final = ("yes", "no", "unknown")
+
+DIRTY_RATE = Family(
+    "migrd_vm_dirty_bytes_per_second",
+    "gauge",
+    "Memory newly dirtied by this VM, by who tracked the writes.",
+    ("vm", "tracker"),
+)
+DIRTY_PAGES = Family(
+    "migrd_vm_dirty_pages_total",
+    "counter",
+    "Pages seen dirty in the rounds of this VM, by who tracked the writes.",
+    ("vm", "tracker"),
+)
+MIGRATABLE = Family(
+    "migrd_vm_migratable",
+    "gauge",
+    "Whether this VM can be migrated as it is: 1 on the verdict that holds.",
+    ("vm", "verdict"),
+)
+
+
+class VmMetrics:
+    """Counters that belong to one VM; for the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._tracker = OneOf(TRACKERS)
+        self._dirty_pages: dict[LabelValues, float] = {}
+
+    def dirtied(self, vm: str, tracker: str, pages: float) -> None:
+        """So many pages of `vm` were seen dirty in one more round."""
+        if pages > 0:
+            key = (vm, self._tracker(tracker))
+            self._dirty_pages[key] = self._dirty_pages.get(key, 0) + round(pages)
+
+    def freeze(self, tracked_vms: frozenset[str]) -> Rows:
+        """Copy of the counters, after dropping those of VMs no longer tracked."""
+        self._dirty_pages = {
+            key: count for key, count in self._dirty_pages.items() if key[0] in tracked_vms
+        }
+        return dict(self._dirty_pages)
+
+
+def vm_families(
+    vms: Iterable[VmView], migrations: Iterable[MigrationView], dirty_pages: Rows
+) -> tuple[tuple[Family, Rows], ...]:
+    """The series of the VMs that are tracked."""
+    rates: dict[LabelValues, float] = {}
+    for migration in migrations:
+        rate = migration.progress.dirty_bytes_per_s
+        if not migration.is_terminal and rate is not None:
+            rates[(migration.vm, "qemu")] = rate
+    migratable: dict[LabelValues, float] = {}
+    for vm in vms:
+        verdict = verdict_of(vm)
+        for word in VERDICTS:
+            migratable[(vm.name, word)] = 1.0 if word == verdict else 0.0
+    return ((DIRTY_RATE, rates), (DIRTY_PAGES, dirty_pages), (MIGRATABLE, migratable))
+
+
+def verdict_of(vm: VmView) -> str:
+    """yes, no or unknown, from what QEMU itself said last; preflight says more, and why."""
+    if vm.facts is None:
+        return "unknown"
+    can = not vm.facts.blocked_reasons and vm.facts.features >= REQUIRED_FEATURES
+    return "yes" if can and vm.spec.profile is not None else "no"
+
+
+def tracked_vms(vms: Iterable[VmView], migrations: Iterable[MigrationView]) -> frozenset[str]:
+    """The VMs that may have series: those known here, and those in a migration."""
+    going_on = (view.vm for view in migrations if not view.is_terminal)
+    return frozenset((*(vm.name for vm in vms), *going_on))
