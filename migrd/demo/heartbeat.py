@@ -80,17 +80,6 @@ class SerialTap:
         except ConnectionError:
             pass  # how a killed QEMU may end it; what arrived before stands
 
-    async def listen(self, path: Path) -> None:
-        """Record a `-chardev socket,server=on` until QEMU ends or the task is cancelled.
-
-        Connect before the guest runs: QEMU drops what is printed while nobody listens.
-        """
-        reader, writer = await asyncio.open_unix_connection(str(path))
-        try:
-            await self.read_stream(reader)
-        finally:
-            writer.close()
-
     async def follow(self, path: Path) -> None:
         """Record a growing file (`-serial file:`, or a chardev's `logfile`) until cancelled.
 

@@ -56,24 +56,28 @@ class Wire:
         """Until the end of the stream, which is passed on too."""
         while True:
             await self._open.wait()
-            piece = await reader.read(self._piece_bytes())
+            piece = await reader.read(_PIECE_BYTES)
             await self._open.wait()  # frozen while it was read: it has not passed yet
             if not piece:
                 break
             if self.delay_s:
                 await asyncio.sleep(self.delay_s)
-            writer.write(piece)
-            await writer.drain()
-            self.passed_bytes += len(piece)
-            if self.freeze_after_bytes is not None and self._piece_bytes() == 0:
-                self.freeze()
+            await self._pass(piece, writer)
         if writer.can_write_eof():
             writer.write_eof()
 
-    def _piece_bytes(self) -> int:
-        if self.freeze_after_bytes is None:
-            return _PIECE_BYTES
-        return min(_PIECE_BYTES, max(0, self.freeze_after_bytes - self.passed_bytes))
+    async def _pass(self, piece: bytes, writer: asyncio.StreamWriter) -> None:
+        while piece:
+            await self._open.wait()
+            length = len(piece)
+            if self.freeze_after_bytes is not None:
+                length = min(length, max(0, self.freeze_after_bytes - self.passed_bytes))
+            writer.write(piece[:length])
+            await writer.drain()
+            self.passed_bytes += length
+            piece = piece[length:]
+            if self.passed_bytes == self.freeze_after_bytes or not length:
+                self.freeze()
 
 
 class FreezingProxy:

@@ -96,6 +96,20 @@ async def test_it_can_freeze_by_itself_in_the_middle_of_a_message(
     assert await reader.readexactly(2) == b"lo"
 
 
+async def test_a_limit_that_has_passed_already_freezes_with_the_next_byte(
+    proxy: FreezingProxy, client: Stream
+) -> None:
+    reader, writer = client
+    writer.write(b"hello")
+    assert await reader.readexactly(5) == b"hello"
+    proxy.to_client.freeze_after_bytes = 3
+    writer.write(b"again")
+    assert await is_silent(reader)
+    assert proxy.to_client.is_frozen
+    proxy.resume()
+    assert await reader.readexactly(5) == b"again"
+
+
 @pytest.mark.parametrize("abruptly", [False, True])
 async def test_a_cut_ends_both_ends_and_the_next_connection_works(
     proxy: FreezingProxy, client: Stream, abruptly: bool
