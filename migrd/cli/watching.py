@@ -68,9 +68,9 @@ class Watch:
     give_up_after_s: float = AWAY_S
     rounds_seen: int = 0
     decisions_seen: int = 0
-    ended: bool = False
-    """The last look showed the end; there is nothing more to watch."""
     _away: bool = False
+    _broke_off: CommandError | None = None
+    """What ended the stream, until the screen was told; only one task touches the screen."""
     _has_stream: bool = False
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _version: int | None = None
@@ -81,7 +81,7 @@ class Watch:
 
         Raises WaitedTooLong after `within_s`, Problem, Unreachable.
         """
-        ended: Seen | CommandError
+        ended: Seen | Exception
         async with asyncio.TaskGroup() as tasks:
             hints = tasks.create_task(self._listen())
             try:
@@ -92,11 +92,11 @@ class Watch:
                     f"the migration has not ended within {within_s:g} s; it goes on",
                     cure=f"watch on: migrd watch {self.migration_id}",
                 )
-            except CommandError as error:
+            except Exception as error:  # raised outside, so that it comes out as itself
                 ended = error
             finally:
                 hints.cancel()
-        if isinstance(ended, CommandError):
+        if isinstance(ended, Exception):
             raise ended
         return ended
 
@@ -105,7 +105,6 @@ class Watch:
             look = await self._look_again_and_again()
             self.screen.show(look)
             if self._is_over(look.migration):
-                self.ended = True
                 return look.migration
             await self._something_new()
 
@@ -132,6 +131,9 @@ class Watch:
         loop, pause_s = asyncio.get_running_loop(), _LEAST_PAUSE_S
         since_s = loop.time()
         while True:
+            if self._broke_off is not None:
+                self._note_lost(self._broke_off)
+                self._broke_off = None
             try:
                 look = await self._look()
             except (Unreachable, Problem) as error:
@@ -202,7 +204,7 @@ class Watch:
                 self._has_stream = True
             case Lost(error):
                 self._has_stream = False
-                self._note_lost(error)
+                self._broke_off = error
             case Event(kind=kind, body=body):
                 about = body.raw("migration_id")
                 if about is not None and about != self.migration_id:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,24 @@ def parsed(result: Result) -> Any:
     return json.loads(result.stdout)
 
 
-def spawn(daemon: Daemon, *arguments: str, **more: Any) -> subprocess.Popen[str]:
-    """The program in a process of its own, its output in pipes."""
-    environment = {**os.environ, "MIGRD_SOCKET": str(daemon.socket)}
-    return subprocess.Popen(
+@contextmanager
+def spawned(daemon: Daemon, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The program in a process of its own, its output in pipes; it does not outlive the block."""
+    with subprocess.Popen(
         [*PROGRAM, *arguments],
-        env=environment,
+        env={**os.environ, "MIGRD_SOCKET": str(daemon.socket)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **more,
-    )
+    ) as program:
+        try:
+            yield program
+        finally:
+            program.kill()
+
+
+def lines_of(program: subprocess.Popen[str]) -> Iterator[str]:
+    """What the program prints, as it comes."""
+    assert program.stdout is not None
+    for line in program.stdout:  # `yield from` would close the pipe with the generator
+        yield line  # noqa: UP028

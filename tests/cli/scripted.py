@@ -117,6 +117,8 @@ class Scripted:
         self.history: list[Published] = []
         self.news = asyncio.Condition()
         self.ready = True
+        self.listeners = 0
+        """Event streams that are open."""
         for name in ("web1", "db1"):
             self.vms_by_name[name] = self._vm(VmSpec(name, "standard", {"memory_mib": 4096}))
 
@@ -309,9 +311,11 @@ class Scripted:
     @asynccontextmanager
     async def events(self, *, after_id: int | None) -> AsyncIterator[AsyncIterator[Published]]:
         stream = self._read(len(self.history) if after_id is None else after_id)
+        self.listeners += 1
         try:
             yield stream
         finally:
+            self.listeners -= 1
             await stream.aclose()
 
     async def _read(self, seen: int) -> AsyncGenerator[Published, None]:
@@ -544,6 +548,8 @@ class Daemon:
         self._thread = threading.Thread(target=self._loop.run_forever, name="scripted daemon")
         self._runner: web.AppRunner | None = None
         self.service: Scripted | None = None
+        self.middlewares: list[Any] = []
+        """Put before the interface's own when it next listens."""
 
     def __enter__(self) -> "Daemon":
         self._thread.start()
@@ -582,6 +588,8 @@ class Daemon:
     async def _listen(self) -> None:
         assert self.service is not None
         app = build_app(self.service, metrics=lambda: (b"", "text/plain", "0"))
+        for middleware in self.middlewares:
+            app.middlewares.insert(0, middleware)
         self._runner = web.AppRunner(app, shutdown_timeout=0.2)
         await self._runner.setup()
         await web.UnixSite(self._runner, str(self.socket)).start()

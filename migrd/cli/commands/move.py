@@ -1,7 +1,8 @@
 """`migrd plan`, `migrd migrate`, `migrd watch`: the main job."""
 
+import asyncio
 import uuid
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -200,11 +201,12 @@ async def _follow(session: Session, id_: str, timeout_s: int | None, through: bo
     printer = session.printer
     screen = screen_for(printer)
     watching = Watch(session.client, id_, screen, through_needs_operator=through)
-    with ExitStack() as shown:
-        shown.callback(_say_it_goes_on, session, watching)
-        if isinstance(screen, LiveScreen):
-            shown.enter_context(screen)
-        last = await watching.to_the_end(within_s=timeout_s)
+    try:
+        with screen if isinstance(screen, LiveScreen) else nullcontext():
+            last = await watching.to_the_end(within_s=timeout_s)
+    except asyncio.CancelledError:
+        _say_it_goes_on(session, id_)
+        raise
     if printer.format is Format.JSON:
         printer.json(last.body)
     elif not printer.is_for_scripts:
@@ -212,11 +214,8 @@ async def _follow(session: Session, id_: str, timeout_s: int | None, through: bo
     return story.exit_of(last)
 
 
-def _say_it_goes_on(session: Session, watching: Watch) -> None:
+def _say_it_goes_on(session: Session, id_: str) -> None:
     """Ctrl-C must not leave anyone in doubt about the migration."""
-    if watching.ended:
-        return
-    id_ = watching.migration_id
     session.printer.note("No longer watching. The migration goes on.", "yellow")
     session.printer.note(f"  watch it again:  migrd watch {id_}")
     session.printer.note(f"  cancel it:       migrd cancel {id_}")
