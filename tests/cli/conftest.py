@@ -81,7 +81,6 @@ def spawned(daemon: Daemon, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def lines_of(program: subprocess.Popen[str]) -> Iterator[str]:
-    """What the program prints, as it comes."""
+    """What the program prints, as it comes; leaving the loop does not close the pipe."""
     assert program.stdout is not None
-    for line in program.stdout:  # `yield from` would close the pipe with the generator
-        yield line  # noqa: UP028
+    return iter(program.stdout.readline, "")
