@@ -75,6 +75,12 @@ def wait_exited(pidfd: int) -> None:
     os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
 
 
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Killed and reaped, without a turn of the event loop."""
+    child.kill()
+    child.wait()
+
+
 def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -223,8 +229,7 @@ async def test_a_child_of_somebody_else_is_seen_dead_without_its_exit_code(
     child: subprocess.Popen[bytes],
 ) -> None:
     watch = await watched(await in_thread(named, child.pid))
-    child.kill()
-    await in_thread(child.wait)
+    end(child)
     assert await watch.wait_dead(within_s=5)
     assert watch.exit_code is None
     assert watch.ending == "exit code not known"
