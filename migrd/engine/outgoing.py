@@ -14,7 +14,8 @@
     them finds QEMU stopped or failed, or asks the destination, whose refusal is durable, and comes
     to the same end. They are saved together with the next event.
 - GRANT needs its record. When that cannot be written, the guest is taken back only after the
-  destination has refused durably: the record might be on the disk after all.
+  destination has refused durably: the record might be on the disk after all. In postcopy QEMU takes
+  no guest back: there the record is tried again until it is written.
 """
 
 import asyncio
@@ -34,6 +35,7 @@ from migrd.core.migration import (
     Instruction,
     MigrationEvent,
     MigrationState,
+    Mode,
     advance,
 )
 from migrd.core.phases import TRANSITIONS, IllegalTransition, Phase, Trigger
@@ -242,7 +244,8 @@ class Outgoing:
         if event.trigger is Trigger.DESTINATION_PREPARED:
             return self.failed(exc.code, exc.message)
         granting = event.trigger is Trigger.TRANSFER_COMPLETED and not event.source_died
-        if granting and await self._refused_for_good(exc.message):
+        may_go_back = granting and self.state.mode is Mode.PRECOPY
+        if may_go_back and await self._refused_for_good(exc.message):
             return self.failed(exc.code, exc.message)
         await asyncio.sleep(RETRY_S)
         return event

@@ -23,7 +23,7 @@ from typing import Final
 from migrd.core.convergence import FIXED_COST_S, Decision, Situation, Verdict, decide, estimate
 from migrd.core.facts import QemuStatus, TransferSample
 from migrd.core.handover import DestinationPhase
-from migrd.core.migration import Cause, MigrationEvent
+from migrd.core.migration import Cause, MigrationEvent, Mode
 from migrd.core.phases import Trigger
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView
@@ -87,6 +87,8 @@ class Steering:
         m.throttle_percent = sample.throttle_percent or 0
         if m.resumed and sample.qemu_status is not QemuStatus.NONE:
             m.log.info("found the migration going on", qemu_status=sample.qemu_status.value)
+            if m.state.mode is Mode.POSTCOPY and sample.qemu_status is QemuStatus.ACTIVE:
+                await m.vmm.start_postcopy()  # chosen, and perhaps never said
             return
         if m.state.address is None:
             raise MigrdError("the destination's address is not known", code="no_address")

@@ -16,7 +16,7 @@ from typing import Final
 
 from migrd.core.facts import QemuStatus, RunState, TransferSample
 from migrd.core.handover import DestinationPhase
-from migrd.core.migration import Cause, MigrationEvent
+from migrd.core.migration import Cause, MigrationEvent, Mode
 from migrd.core.phases import Trigger
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView
@@ -61,12 +61,15 @@ async def bring_back(m: Outgoing) -> MigrationEvent:
     """Until the guest is as it was before the migration, seen; keeps trying."""
     while True:
         try:
+            left = await _if_left_by_postcopy(m)
+            if left is not None:
+                return left
             await _stop_transfer(m)
             await _see_it_run(m)
             break
         except VmmDied as exc:
             return await _after_death(m, exc)
-        except VmmError as exc:
+        except (VmmError, PeerError) as exc:
             m.trouble("SourceUnclear", exc.message)
             await asyncio.sleep(RETRY_S)
     m.settle("SourceUnclear")
@@ -75,6 +78,26 @@ async def bring_back(m: Outgoing) -> MigrationEvent:
     await _discard(m)
     trigger = Trigger.CANCEL_COMPLETED if m.state.cancelled else Trigger.SOURCE_KEPT
     return m.event(trigger, cause=m.state.cause)
+
+
+async def _if_left_by_postcopy(m: Outgoing) -> MigrationEvent | None:
+    """QEMU brings no guest back once postcopy has begun: then the destination has it, or nobody.
+
+    The source is asked last (rule 4 of the handover): its answer is that the start has ended.
+    """
+    if m.state.mode is not Mode.POSTCOPY:
+        return None
+    if not (await m.vmm.sample()).qemu_status.is_postcopy:
+        return None
+    view = await m.peer.view(m.id)
+    if not (await m.vmm.sample()).qemu_status.is_postcopy:
+        return None
+    if view.phase is DestinationPhase.REFUSED:
+        text = f"the guest had left by postcopy, and {m.peer.name} lost it: {view.reason}"
+        return m.event(Trigger.GUEST_DIED, cause=Cause("lost_in_postcopy", text))
+    if view.phase in (DestinationPhase.PREPARING, DestinationPhase.RECEIVING):
+        raise VmmTimedOut(f"the guest leaves by postcopy, and is not on {m.peer.name} yet")
+    return m.event(Trigger.TRANSFER_COMPLETED)
 
 
 async def _stop_transfer(m: Outgoing) -> None:
@@ -86,7 +109,9 @@ async def _stop_transfer(m: Outgoing) -> None:
         async with asyncio.timeout(CANCEL_S):
             await _until_idle(m)
             return
-    except (TimeoutError, VmmTimedOut, VmmRefused):
+    except (TimeoutError, VmmTimedOut, VmmRefused) as exc:
+        if m.state.mode is Mode.POSTCOPY and isinstance(exc, VmmRefused):
+            raise  # it has begun after all: look again
         m.log.warning("cancel does not free the guest; cutting the migration's connection")
     await m.vmm.free_stalled()
     try:

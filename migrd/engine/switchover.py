@@ -52,17 +52,33 @@ async def complete_switchover(m: Outgoing) -> MigrationEvent:
     deadline_s = m.world.options.switchover_s(m.state.policy.downtime_limit_s)
     try:
         async with asyncio.timeout(deadline_s):
-            return await _both_sides_done(m)
+            return await _persist(m)
     except VmmDied as exc:
         return await _after_death(m, exc)
     except TimeoutError:
         return await _late(m, deadline_s)
 
 
-async def _both_sides_done(m: Outgoing) -> MigrationEvent:
+async def _persist(m: Outgoing) -> MigrationEvent:
+    """In postcopy there may be no way back, so an error of the monitor is no reason to turn."""
+    fresh = False
+    while True:
+        try:
+            return await _both_sides_done(m, fresh=fresh)
+        except VmmDied:
+            raise
+        except VmmError as exc:
+            if m.state.mode is not Mode.POSTCOPY:
+                raise
+            m.log.warning("looking again", cause=exc.message)
+            fresh = True
+            await asyncio.sleep(FIRST_RETRY_S)
+
+
+async def _both_sides_done(m: Outgoing, *, fresh: bool) -> MigrationEvent:
     loaded = asyncio.create_task(_destination_loaded(m))
     try:
-        failed = await _source_done(m)
+        failed = await _source_done(m, fresh=fresh)
         if failed is not None:
             return failed
         view = await loaded
@@ -215,9 +231,14 @@ async def keep_asking(m: Outgoing) -> MigrationEvent:
     if m.state.undoing:
         return await bring_back(m)
     view = await _destination_loaded(m)
-    if view.phase is DestinationPhase.REFUSED:
-        return m.event(Trigger.GUEST_DIED, cause=m.state.cause)
-    return m.event(Trigger.TRANSFER_COMPLETED, source_died=m.vmm.is_dead)
+    is_refused = view.phase is DestinationPhase.REFUSED
+    if m.vmm.is_dead:
+        if is_refused:
+            return m.event(Trigger.GUEST_DIED, cause=m.state.cause)
+        return m.event(Trigger.TRANSFER_COMPLETED, source_died=True)
+    if is_refused or await _source_done(m, fresh=True) is not None:  # rule 4 of the handover
+        return await bring_back(m)
+    return m.event(Trigger.TRANSFER_COMPLETED)
 
 
 async def _ask_until_answered(m: Outgoing, *, died_is_unknown: bool = True) -> MigrationEvent:
