@@ -127,7 +127,7 @@ async def _front(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 async def _admit(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Who asks is known before anything else is: also before what does not exist."""
-    app = request.config_dict
+    app = request.app
     route = app[BOUND].get(request.match_info.route.handler)
     scope = Scope.READ if route is None else route.scope
     if scope is Scope.OPEN:

@@ -19,6 +19,7 @@ A token file has one token per line, in either form; `#` begins a comment:
                                                   file must not be readable by others
 """
 
+import asyncio
 import hashlib
 import hmac
 import os
@@ -27,11 +28,12 @@ import secrets
 import socket
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
+from weakref import WeakKeyDictionary
 
 from aiohttp import web
 
@@ -155,16 +157,27 @@ class Gate:
     tokens: tuple[Token, ...] = ()
     """Set by the TCP listener: without tokens there is none."""
     _names: dict[int, str] = field(default_factory=dict)
+    _connected: MutableMapping[asyncio.BaseTransport, Identity] = field(
+        default_factory=WeakKeyDictionary
+    )
+    """Who is at the other end of a unix socket does not change while it is connected."""
 
     async def identify(self, request: web.Request) -> Identity:
         """Raises NotAuthenticated, or NotAuthorized for somebody known but not on the lists."""
         transport = request.transport
-        sock = None if transport is None else transport.get_extra_info("socket")
+        if transport is None:
+            raise NotAuthenticated("the connection is gone")
+        known = self._connected.get(transport)
+        if known is not None:
+            return known
+        sock = transport.get_extra_info("socket")
         if sock is None:
             raise NotAuthenticated("the connection is gone")
-        if sock.family == socket.AF_UNIX:
-            return await self._of_unix(sock)
-        return self._of_token(request)
+        if sock.family != socket.AF_UNIX:
+            return self._of_token(request)
+        identity = await self._of_unix(sock)
+        self._connected[transport] = identity
+        return identity
 
     async def _of_unix(self, sock: socket.socket) -> Identity:
         try:

@@ -14,7 +14,7 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar, cast
 
 from aiohttp import web
 from pydantic import ValidationError
@@ -49,6 +49,8 @@ _UNITS: Final = (
 )
 _SHOWN: Final = 80
 """So much of a wrong value is repeated in a message."""
+
+_EMPTY: Final[dict[type[WireModel], WireModel]] = {}
 
 
 class Violations(Exception):
@@ -140,13 +142,22 @@ def parse_strings(model: type[M], given: Sequence[tuple[str, str]], what: str) -
             repeated.append(Violation(name, "repeated", f"{what} {name} is given more than once"))
         values[name] = text
     try:
-        parsed = model.model_validate_strings(values, strict=False)
+        parsed = (
+            model.model_validate_strings(values, strict=False) if given else _nothing_given(model)
+        )
     except ValidationError as error:
         found = [_violation(model, item) for item in error.errors(include_url=False)]
         raise Violations([*repeated, *found]) from None
     if repeated:
         raise Violations(repeated)
     return parsed
+
+
+def _nothing_given(model: type[M]) -> M:
+    """The same frozen object each time: most requests carry neither parameters nor conditions."""
+    if model not in _EMPTY:
+        _EMPTY[model] = model.model_validate_strings({}, strict=False)
+    return cast("M", _EMPTY[model])
 
 
 def _violation(model: type[WireModel], item: ErrorDetails) -> Violation:

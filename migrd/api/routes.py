@@ -6,6 +6,7 @@ the engine's reason. Nothing is judged here.
 
 import hashlib
 import math
+from functools import partial
 from typing import Annotated, Final
 
 from pydantic import Field
@@ -41,7 +42,7 @@ from migrd.api.models_progress import (
     RoundList,
     begun_s,
 )
-from migrd.api.table import Answer, Call, Reply, Tag, reply, route, to_json
+from migrd.api.table import Answer, Call, Reply, Tag, reply, reply_list, route, to_json
 from migrd.api.wire import Flag, MigrationId, Name, WireModel
 from migrd.core.migration import Admission
 from migrd.engine import service
@@ -152,13 +153,18 @@ async def list_migrations(call: Call, query: MigrationsQuery) -> Reply:
         chosen = [view for view in chosen if _age_key(view) < after]
     shown = chosen[: query.limit]
     more = len(chosen) > len(shown)
-    return reply(
-        MigrationList(
-            resource_version=version,
-            items=tuple(Migration.of(view) for view in shown),
-            next_page_token=write_token(_age_key(shown[-1])) if more else None,
-        )
-    )
+    token = write_token(_age_key(shown[-1])) if more else None
+    return await reply_list(version, shown, partial(_rendered, call), token)
+
+
+def _rendered(call: Call, view: MigrationView) -> bytes:
+    """The JSON of a migration; of one that has ended it is made once."""
+    if not view.is_terminal:
+        return to_json(Migration.of(view))
+    generation, rendered = call.site.kept.get(view.id, (None, b""))
+    if generation == view.generation:
+        return rendered
+    return call.site.keep(view.id, view.generation, to_json(Migration.of(view)))
 
 
 def _age_key(view: MigrationView) -> tuple[float, str]:
@@ -208,7 +214,7 @@ async def get_migration(
     etag = tag(view.generation)
     if is_known(headers, etag):
         return Reply(304, headers={"ETag": etag})
-    return reply(Migration.of(view), ETag=etag)
+    return Reply(200, _rendered(call, view), headers={"ETag": etag})
 
 
 @route(
@@ -224,7 +230,7 @@ async def list_rounds(call: Call, path: MigrationPath, query: RecordsQuery) -> R
     begun = begun_s(call.service.migration(path.migration_id))
     rounds = await call.service.rounds(path.migration_id)
     shown, token = page(rounds, _offset(query), query.limit)
-    return reply(RoundList(items=tuple(Round.of(r, begun) for r in shown), next_page_token=token))
+    return await reply_list(None, shown, lambda r: to_json(Round.of(r, begun)), token)
 
 
 @route(
@@ -240,9 +246,7 @@ async def list_decisions(call: Call, path: MigrationPath, query: RecordsQuery) -
     begun = begun_s(call.service.migration(path.migration_id))
     decisions = await call.service.decisions(path.migration_id)
     shown, token = page(decisions, _offset(query), query.limit)
-    return reply(
-        DecisionList(items=tuple(Decision.of(d, begun) for d in shown), next_page_token=token)
-    )
+    return await reply_list(None, shown, lambda d: to_json(Decision.of(d, begun)), token)
 
 
 def _offset(query: RecordsQuery) -> int:

@@ -20,7 +20,7 @@ from migrd.api.conditions import (
 from migrd.api.models_host import Check, Health, Host, Readiness, Vm, VmDefinition, VmList
 from migrd.api.models_migration import Plan, PlanRequest
 from migrd.api.problems import NotReady
-from migrd.api.table import Answer, Call, Reply, Tag, reply, route, to_json
+from migrd.api.table import Answer, Call, Reply, Tag, reply, reply_list, route, to_json
 from migrd.api.wire import Flag, Name, WireModel
 from migrd.engine.threads import in_thread
 from migrd.errors import Violation
@@ -94,13 +94,8 @@ async def list_vms(call: Call, query: VmsQuery) -> Reply:
         by_name = [view for view in by_name if view.name > after]
     shown = by_name[: query.limit]
     more = len(by_name) > len(shown)
-    return reply(
-        VmList(
-            resource_version=version,
-            items=tuple(Vm.of(view) for view in shown),
-            next_page_token=write_token(shown[-1].name) if more else None,
-        )
-    )
+    token = write_token(shown[-1].name) if more else None
+    return await reply_list(version, shown, lambda view: to_json(Vm.of(view)), token)
 
 
 @route(

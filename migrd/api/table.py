@@ -11,7 +11,7 @@ wrong with any of them is reported together.
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -30,9 +30,13 @@ from migrd.engine.service import Service
 from migrd.errors import Invalid, Violation
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 log = structlog.get_logger(__name__)
 
+_AT_A_TIME: Final = 25
+"""Items of a list that are rendered before other calls get their turn."""
+_MOST_KEPT: Final = 2048
 _TOO_LONG: Final = "it takes too long; it may or may not take effect: look before you ask again"
 JSON_TYPE: Final = "application/json"
 MetricsSnapshot: TypeAlias = Callable[[], tuple[bytes, str, str]]
@@ -77,6 +81,16 @@ class Site:
     openapi: bytes | None = None
     unfinished: set[asyncio.Task[Any]] = field(default_factory=set)
     """Calls whose clients have been told that they took too long."""
+
+    kept: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    """Id of an ended migration -> its generation and JSON: it will not change any more."""
+
+    def keep(self, id_: str, generation: int, rendered: bytes) -> bytes:
+        """Remember `rendered`; the oldest is forgotten when there are too many."""
+        if len(self.kept) >= _MOST_KEPT:
+            del self.kept[next(iter(self.kept))]
+        self.kept[id_] = generation, rendered
+        return rendered
 
     async def in_time(self, doing: Awaitable[T], *, within_s: float) -> T:
         """What `doing` returns or raises, or TimedOut.
@@ -157,6 +171,24 @@ def reply(model: WireModel, status: int = 200, **headers: str) -> Reply:
     return Reply(status, to_json(model), headers=named)
 
 
+async def reply_list(
+    version: int | None, items: Sequence[V], render: Callable[[V], bytes], page_token: str | None
+) -> Reply:
+    """A list model's JSON, put together from the JSON of its items.
+
+    Other calls get their turn in between: a thousand items are tens of milliseconds.
+    """
+    rendered: list[bytes] = []
+    for start in range(0, len(items), _AT_A_TIME):
+        if start:
+            await asyncio.sleep(0)
+        rendered += map(render, items[start : start + _AT_A_TIME])
+    head = b"{" if version is None else b'{"resource_version":%d,' % version
+    token = b"null" if page_token is None else b'"%b"' % page_token.encode()
+    body = b'%b"items":[%b],"next_page_token":%b}' % (head, b",".join(rendered), token)
+    return Reply(200, body)
+
+
 class Tag(StrEnum):
     """Groups of routes in the document."""
 
@@ -208,7 +240,7 @@ class Route:
         waits_s = float(getattr(arguments.get("query"), "timeout_s", 0.0))
         within_s = call.site.limits.answer_within_s + waits_s
         answer: Reply | web.StreamResponse
-        if self.is_stream:
+        if self.is_stream or self.scope is Scope.OPEN:
             answer = await self.function(call, **arguments)
         elif self.method == "GET":
             try:
@@ -235,9 +267,10 @@ class Route:
         if path_model := self.path_model:
             segments = list(request.match_info.items())
             take("path", lambda: parse_strings(path_model, segments, "the path's"))
-        query_model = self.query_model or NoQuery
-        queries = list(request.query.items())
-        take("query", lambda: parse_strings(query_model, queries, "parameter"))
+        if self.query_model is not None or request.query_string:
+            query_model = self.query_model or NoQuery
+            queries = list(request.query.items())
+            take("query", lambda: parse_strings(query_model, queries, "parameter"))
         if headers_model := self.headers_model:
             headers = _known_headers(headers_model, request)
             take("headers", lambda: parse_strings(headers_model, headers, "header"))
@@ -246,7 +279,7 @@ class Route:
         if wrong:
             raise Invalid(_summary(wrong), wrong)
         if self.query_model is None:
-            del arguments["query"]
+            arguments.pop("query", None)
         return arguments
 
     async def _body(self, call: Call) -> bytes:

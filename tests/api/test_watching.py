@@ -4,6 +4,8 @@ import asyncio
 
 import pytest
 
+from migrd.api.models import DecisionList, MigrationList, RoundList, VmList
+from migrd.api.table import to_json
 from migrd.core.phases import Phase, Trigger
 from tests.api.running import METRICS, Api, until
 
@@ -113,3 +115,51 @@ async def test_metrics_are_the_bytes_that_were_rendered(api: Api) -> None:
     got = await api("GET", "/metrics")
     assert (got.body, got.headers["Content-Type"]) == METRICS[:2]
     assert got.headers["ETag"] == '"m1"'
+
+
+async def test_a_list_put_together_from_pieces_is_the_model_of_the_list(api: Api) -> None:
+    ids = [await api.begun(f"vm-{number}") for number in range(60)]
+    for id_ in ids[::2]:
+        api.service.drive_to(id_, Phase.SUCCEEDED)
+    for _ in range(3):
+        api.service.add_round(ids[1])
+    for _ in range(2):  # rendered, then remembered
+        migrations = (await api("GET", "/v1/migrations?limit=57")).body
+        whole = MigrationList.model_validate_json(migrations)
+        assert to_json(whole) == migrations
+        assert len(whole.items) == 57
+    vms = (await api("GET", "/v1/vms")).body
+    assert to_json(VmList.model_validate_json(vms)) == vms
+    for kind, model in (("rounds", RoundList), ("decisions", DecisionList)):
+        records = (await api("GET", f"/v1/migrations/{ids[1]}/{kind}")).body
+        assert to_json(model.model_validate_json(records)) == records
+
+
+async def test_a_long_list_leaves_others_their_turn(api: Api) -> None:
+    for number in range(300):
+        api.service.add_vm(f"vm-{number}")
+    loop, longest_s = asyncio.get_running_loop(), 0.0
+
+    async def beat() -> None:
+        nonlocal longest_s
+        while True:
+            begun_s = loop.time()
+            await asyncio.sleep(0)
+            longest_s = max(longest_s, loop.time() - begun_s)
+
+    async with asyncio.TaskGroup() as tasks:
+        beating = tasks.create_task(beat())
+        begun_s = loop.time()
+        await api("GET", "/v1/vms")
+        whole_s = loop.time() - begun_s
+        beating.cancel()
+    assert longest_s < 0.8 * whole_s
+
+
+async def test_a_migration_that_ended_is_remembered_as_it_ended(api: Api) -> None:
+    id_ = await api.begun()
+    api.service.drive_to(id_, Phase.COMPLETING)
+    assert (await api("GET", f"/v1/migrations/{id_}")).json["phase"] == "completing"
+    api.service.drive_to(id_, Phase.SUCCEEDED)
+    for _ in range(2):
+        assert (await api("GET", f"/v1/migrations/{id_}")).json["phase"] == "succeeded"
