@@ -148,7 +148,7 @@ def _line(error: ErrorDetails, merged: Merged) -> str:
         return f"{key} is missing; {_meaning(path)}{place}"
     if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
         return f"{key} = {_shown(error['input'])} should be a table, [{key}]{place}"
-    return f"{key} = {_shown(error['input'])} {_cure(error)}{place}; {_meaning(path)}"
+    return f"{key} = {_shown(error['input'], path[-1])} {_cure(error)}{place}; {_meaning(path)}"
 
 
 def _cure(error: ErrorDetails) -> str:
@@ -158,12 +158,13 @@ def _cure(error: ErrorDetails) -> str:
         return "should be a plain name or address: letters, digits, and . _ - inside"
     if error["type"] == "finite_number":
         return "should be a finite number"
-    text = error["msg"].removeprefix("Input ")
+    text = error["msg"].removeprefix("Input ").replace("a valid tuple", "a valid list")
     return text if text.startswith("should") else f"is wrong: {text[:1].lower()}{text[1:]}"
 
 
-def _shown(value: object) -> str:
-    text = as_toml(value) if isinstance(value, str | int | float | list | tuple) else repr(value)
+def _shown(value: object, key: str = "") -> str:
+    is_plain = isinstance(value, str | int | float | list | tuple)
+    text = as_toml(value, key) if is_plain else repr(value)
     return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 1] + "…"
 
 

@@ -1,5 +1,7 @@
 """Every setting: its type, its bounds, its default, and what it means.
 
+Longer than a module should be, because it is a list: split up, it could not be read as one.
+
 The description is what the administrator reads in `config/migrd.toml`: it names the unit and what
 the setting is for. Defaults that follow other settings are filled in by `_derive` before
 validation, so that whoever reads a Settings never meets "not set" where a value is needed.
@@ -59,6 +61,12 @@ def _octal(mode: object) -> object:
         raise ValueError('should be an octal mode such as "0660"') from None
 
 
+def _permissions(mode: int) -> int:
+    if not 0 <= mode <= 0o777:
+        raise ValueError("should be permissions, at most 0777")
+    return mode
+
+
 def _absolute(path: Path) -> Path:
     if not path.is_absolute():
         raise ValueError("should be an absolute path")
@@ -75,7 +83,7 @@ def _https(url: str) -> str:
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
-FileMode = Annotated[int, BeforeValidator(_octal), Field(ge=0, le=0o777)]
+FileMode = Annotated[int, BeforeValidator(_octal), AfterValidator(_permissions)]
 HostName = Annotated[str, Field(pattern=NAME_PATTERN)]
 Address = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[^\s/\[\]@]+$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
