@@ -235,8 +235,8 @@ def _why(failure: Exception) -> str:
         return getattr(wrong, "verify_message", "") or str(wrong)
     if isinstance(failure, aiohttp.ClientConnectorError):
         wrong_os = failure.os_error
-        is_errno = wrong_os.errno is not None and wrong_os.errno > 0  # of a name look-up: below
-        return os.strerror(wrong_os.errno) if is_errno else wrong_os.strerror or str(wrong_os)
+        number = wrong_os.errno or 0  # negative for name look-ups, whose text is good
+        return os.strerror(number) if number > 0 else wrong_os.strerror or str(wrong_os)
     return str(failure) or type(failure).__name__
 
 
