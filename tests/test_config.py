@@ -216,7 +216,10 @@ BAD = [
     ('[api]\nallow_uids = "root"\n', ['api.allow_uids = "root"', "valid list"]),
     ("[api]\nbody_limit_bytes = 10\n", ["api.body_limit_bytes = 10", "equal to 1024"]),
     ("api = 5\n", ["api = 5", "should be a table, [api]"]),
-    ('[api.tcp]\nport = 70000\ntoken_file = "/t"\n', ["api.tcp.port = 70000", "less than or equal to 65535"]),
+    (
+        "[api.tcp]\nport = 70000\ntoken_file = '/t'\n",
+        ["api.tcp.port = 70000", "less than or equal to 65535"],
+    ),
     ("[peers.b]\n", ["peers.b.url is missing", "https://"]),
     ('[peers."a b"]\nurl = "https://x:1"\n', ["peers.a b", "plain name"]),
     ('[peers.b]\nurl = "http://x:1"\n', ["peers.b.url", "https://<address>:<port>"]),
