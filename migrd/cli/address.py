@@ -92,7 +92,8 @@ _WHY_UNIX: Final = {
         "it is a socket of another kind (not a stream)",
         "give the API's socket with --socket PATH or MIGRD_SOCKET",
     ),
-    errno.EAGAIN: ("the daemon accepts no more connections now", "try again"),
+    # connect(2) says EAGAIN, asyncio takes that for a connection, and the first write fails
+    errno.ENOTCONN: ("it takes no more connections now", "is the daemon hung? try again"),
 }
 _WHY_TCP: Final = {
     errno.ECONNREFUSED: (

@@ -12,8 +12,10 @@ read up to a bound, because what listens there may be anything.
 """
 
 import asyncio
+import errno
 import json
 import ssl
+import stat
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from migrd.cli.seen import Json, Seen
 from migrd.cli.text import printable
 
 DEADLINE_S: Final = 30.0
+_CONNECT_S: Final = 10.0
 _MOST_BYTES: Final = 64 * 2**20
 _READ_BYTES: Final = 2**16
 
@@ -101,7 +104,7 @@ class Client:
         self._session = aiohttp.ClientSession(
             connector=await _connector(self.address),
             headers=headers,
-            timeout=aiohttp.ClientTimeout(total=None),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
             auto_decompress=False,
         )
         return self
@@ -167,12 +170,14 @@ class Client:
                 method, url, data=content, headers=sent, allow_redirects=False
             ) as response:
                 yield response
-        except aiohttp.ClientConnectorError as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             looked = await asyncio.to_thread(look_at, self.address.socket)
             raise unreachable(self.address, error, looked) from error
         except aiohttp.ClientResponseError as error:
             raise not_migrd(self.address, error.message or type(error).__name__) from error
-        except (aiohttp.ClientError, ConnectionError, ssl.SSLError) as error:
+        except (aiohttp.ClientError, OSError) as error:
+            if getattr(error, "errno", None) == errno.ENOTCONN:
+                raise unreachable(self.address, error, stat.S_IFSOCK) from error
             raise NoAnswer(
                 f"{self.address} broke off in the middle of {method} {where}: "
                 f"{printable(str(error) or type(error).__name__)}",

@@ -13,6 +13,7 @@ from migrd.cli.exits import Exit, of_end
 from migrd.cli.printing import Cell, Printer
 from migrd.cli.seen import Seen
 from migrd.cli.text import UNKNOWN, clock, percent, rate, size, span, word
+from migrd.core.handover import DestinationPhase
 from migrd.core.phases import Phase
 
 STYLE_OF_END: Final = {
@@ -34,15 +35,21 @@ MEANING_OF_PHASE: Final = {
     Phase.COMPLETING.value: "the guest runs on the destination; the source is cleaned up",
     Phase.ROLLING_BACK.value: "the guest goes on at the source",
     Phase.NEEDS_OPERATOR.value: "it is not known who runs the guest; migrd keeps asking",
+    DestinationPhase.RECEIVING.value: "the guest's memory arrives",
+    DestinationPhase.LOADED.value: "all of it has arrived; the source decides",
+    DestinationPhase.OWNED.value: "the source has given the guest up",
+    DestinationPhase.STARTING.value: "the guest is being started",
 }
-"""What a phase of the source means to a person; the ends explain themselves."""
+"""What a phase means to a person; the ends explain themselves."""
 
 
 def exit_of(migration: Seen) -> Exit:
     """The exit code that tells how the migration ended."""
     phase = migration.raw("phase") or ""
     if migration.raw("role") == "destination":
-        return {"running": Exit.OK, "refused": Exit.ENDED_OTHERWISE}.get(phase, Exit.UNEXPECTED)
+        ends = {DestinationPhase.RUNNING.value: Exit.OK}
+        ends[DestinationPhase.REFUSED.value] = Exit.ENDED_OTHERWISE
+        return ends.get(phase, Exit.UNEXPECTED)
     return of_end(phase)
 
 

@@ -101,6 +101,42 @@ def test_host_shows_slots_peers_and_what_is_not_known(run: Run) -> None:
     assert "not asked yet" in out
 
 
+def test_host_says_what_the_daemon_lacks(run: Run, daemon: Daemon) -> None:
+    assert "not ready" not in run("host").stdout
+    daemon.call(lambda engine: setattr(engine, "ready", False))
+    out = run("host").stdout
+    assert "not ready to migrate:" in out
+    assert "journal: the disk is full" in out
+
+
+def test_migrations_are_chosen_by_vm_and_by_whether_they_go_on(run: Run) -> None:
+    ended(run, "host-b", "db1")
+    going_on = migration_to(run, "host-never")
+    assert len(run("migrations").stdout.splitlines()) == 3
+    active = run("migrations", "--active").stdout.splitlines()[1:]
+    assert [line.split()[0] for line in active] == [going_on]
+    of_db1 = run("migrations", "list", "--vm", "db1", "-o", "json")
+    assert [item["vm"] for item in parsed(of_db1)["items"]] == ["db1"]
+    assert run("cancel", going_on).exit_code == 0
+
+
+def test_every_page_of_a_long_list_is_read(run: Run, daemon: Daemon) -> None:
+    id_ = ended(run, "host-b")
+
+    def add_more(engine: Scripted) -> None:
+        first = engine.migrations_by_id[id_]
+        for number in range(250):
+            other = replace(first, state=replace(first.state, id=f"m-{number:04}"))
+            engine.migrations_by_id[other.state.id] = other
+
+    daemon.call(add_more)
+    page = run("migrations")
+    assert len(page.stdout.splitlines()) == 1 + 100
+    assert "--all" in page.stderr
+    assert len(parsed(run("migrations", "--all", "-o", "json"))["items"]) == 251
+    assert run("watch", id_[:9]).exit_code == 0
+
+
 def test_a_vm_is_defined_started_stopped_and_forgotten(run: Run) -> None:
     dry = run("vms", "define", "new1", "--profile", "standard", "--dry-run")
     assert "would be defined" in dry.stdout

@@ -107,6 +107,41 @@ def test_a_tcp_port_where_nobody_listens() -> None:
     assert "nobody listens there" in result.stderr
 
 
+def test_a_daemon_that_accepts_nobody_is_told_from_one_that_does_not_answer(
+    short_tmp_path: Path,
+) -> None:
+    path = short_tmp_path / "full"
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as first:
+        server.bind(str(path))
+        server.listen(0)
+        first.connect(str(path))
+        result = run_alone("--socket", str(path), "--call-timeout", "5", "stop", "web1")
+    path.unlink()
+    assert result.exit_code == Exit.UNREACHABLE
+    assert "takes no more connections" in result.stderr
+    assert "may or may not" not in result.stderr
+
+
+def test_a_connection_that_is_never_made_was_not_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("migrd.cli.client._CONNECT_S", 0.5)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(server.getsockname())
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        result = run_alone("--url", url, "stop", "web1")
+        for one in waiting:
+            one.close()
+    assert result.exit_code == Exit.UNREACHABLE
+    assert "no connection in time" in result.stderr
+    assert "may or may not" not in result.stderr
+
+
 def test_a_certificate_that_is_not_trusted_asks_for_the_authority() -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(context)

@@ -14,6 +14,8 @@ from migrd.cli.stream import Connected, Event, EventStream, Lost
 from migrd.cli.text import clock, printable, word
 from migrd.cli.watching import AWAY_S
 
+_LOST: Final = "events.lost"
+"""The history does not reach back so far; of no interest to one who asked for all there is."""
 _QUIET_S: Final = 0.5
 """Without --follow: the history has been sent when nothing more came for so long."""
 
@@ -53,7 +55,7 @@ async def events(
     ) as stream:
         while (heard := await _next(stream, follow)) is not None:
             if isinstance(heard, Event):
-                if _wanted(heard.body, vm, kind):
+                if _wanted(heard, vm, kind) and not (heard.kind == _LOST and after_id is None):
                     _print(session, heard, events_seen, follow)
             else:
                 _print_connection(session, heard)
@@ -74,10 +76,12 @@ async def _next(stream: EventStream, follow: bool) -> Event | Connected | Lost |
         return None
 
 
-def _wanted(seen: Seen, vm: str | None, kind: str | None) -> bool:
-    if vm is not None and seen.raw("vm") != vm:
+def _wanted(event: Event, vm: str | None, kind: str | None) -> bool:
+    if event.kind == _LOST:
+        return True
+    if vm is not None and event.body.raw("vm") != vm:
         return False
-    return kind is None or (seen.raw("kind") or "").startswith(kind)
+    return kind is None or event.kind.startswith(kind)
 
 
 def _print(session: Session, event: Event, kept: list[Seen], follow: bool) -> None:

@@ -1,8 +1,10 @@
 """`migrd host`: this host as its daemon sees it."""
 
 import click
+from rich.text import Text
 
-from migrd.cli.printing import Cell, Column
+from migrd.cli.client import Problem
+from migrd.cli.printing import Cell, Column, violations
 from migrd.cli.running import Session, remote
 from migrd.cli.seen import Seen
 from migrd.cli.text import UNKNOWN, ago, clock, size, yes_no
@@ -24,6 +26,8 @@ async def host(session: Session) -> None:
         printer.json(reply.body)
         return
     printer.facts(_facts(reply.seen))
+    for line in await _what_is_missing(session):
+        printer.line(Text(line, "bold yellow"))
     peers = reply.seen.parts("peers")
     if not peers:
         printer.heading("No other hosts in the roster: this daemon cannot migrate anything away.")
@@ -37,6 +41,15 @@ async def host(session: Session) -> None:
         Column("problem", wraps=True),
     )
     printer.table(columns, [_peer(peer) for peer in peers], "none")
+
+
+async def _what_is_missing(session: Session) -> list[str]:
+    """Why the daemon cannot do its work, one line each; nothing when it can."""
+    try:
+        await session.client.call("GET", "/readyz")
+    except Problem as problem:
+        return ["not ready to migrate:", *(f"  {line}" for line in violations(problem.details))]
+    return []
 
 
 def _facts(seen: Seen) -> list[tuple[str, Cell]]:

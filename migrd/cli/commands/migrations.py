@@ -1,6 +1,7 @@
 """`migrd migrations`, `rounds`, `decisions`, and what may be asked of a migration that goes on."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
@@ -42,34 +43,50 @@ _DECISIONS = (
     Column("reason", drop=2),
     Column("in words", wraps=True),
 )
+Command = TypeVar("Command", bound=Callable[..., Any])
+
 RESOLUTIONS = ("destination_fenced", "destination_runs", "guest_lost")
 
 
-@click.group("migrations", short_help="List migrations, or show one", invoke_without_command=True)
-@click.option("--all", "show_all", is_flag=True, help="Also those that have ended long ago.")
+def _chooses(command: Command) -> Command:
+    for option in (
+        click.option("--all", "show_all", is_flag=True, help="However many there are."),
+        click.option("--active", is_flag=True, help="Only those that go on."),
+        click.option("--vm", metavar="VM", help="Only those of this VM."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group("migrations", invoke_without_command=True, short_help="List migrations, or show one")
+@_chooses
 @common_options(hidden=True)
 @click.pass_context
-def migrations(context: click.Context, show_all: bool) -> None:
+def migrations(context: click.Context, /, **choice: Any) -> None:
     """List migrations, newest first; `migrations show ID` shows one.
 
     A migration may be named by the beginning of its id wherever an ID is asked for.
 
     \b
     Examples:
-      migrd migrations
+      migrd migrations --active
       migrd migrations show 5a3c
-      migrd migrations -o json | jq '.items[] | select(.is_terminal | not)'
+      migrd migrations --vm web1 -o json | jq '.items[].phase'
     """
     if context.invoked_subcommand is None:
-        context.invoke(list_migrations, show_all=show_all)
+        context.invoke(list_migrations, **choice)
 
 
 @migrations.command("list")
-@click.option("--all", "show_all", is_flag=True, help="Also those that have ended long ago.")
+@_chooses
 @remote
-async def list_migrations(session: Session, show_all: bool) -> None:
+async def list_migrations(session: Session, show_all: bool, active: bool, vm: str | None) -> None:
     """List migrations, newest first."""
-    body = await every_item(session.client, "migrations", pages=None if show_all else 1)
+    query = {"active": "true"} if active else {}
+    if vm is not None:
+        query["vm"] = vm
+    pages = None if show_all else 1
+    body = await every_item(session.client, "migrations", pages=pages, query=query)
     printer = session.printer
     if printer.is_for_scripts:
         printer.json(body)
