@@ -220,16 +220,18 @@ def examine(instance: Instance) -> Found:
     record = LaunchRecord.read(instance)
     lock = lock_says(instance)
     identity = record.identity if record is not None else None
-    if identity is None and lock is not Life.DEAD:
-        identity = identity_by_socket(instance)
-        if identity is not None and record is not None:
-            with contextlib.suppress(OSError):
-                record.with_identity(identity).write(instance)
-    if identity is None:
-        return Found(instance, record, None, Life.DEAD if lock is Life.DEAD else Life.UNKNOWN)
-    life, pidfd = look_up(identity)
-    if life is Life.DEAD and lock is Life.ALIVE:
-        life = Life.UNKNOWN
+    life, pidfd = (Life.UNKNOWN, None) if identity is None else look_up(identity)
+    if lock is Life.DEAD and life is not Life.ALIVE:
+        life = Life.DEAD
+    elif life is not Life.ALIVE:
+        life = Life.UNKNOWN if lock is Life.ALIVE else life
+        listener = identity_by_socket(instance) if life is Life.UNKNOWN else None
+        if listener is not None:  # never noted, or noted wrongly
+            identity = listener
+            life, pidfd = look_up(identity)
+            if record is not None:
+                with contextlib.suppress(OSError):
+                    record.with_identity(identity).write(instance)
     return Found(instance, record, identity, life, pidfd)
 
 

@@ -143,6 +143,7 @@ class QemuLauncher:
             known = self._hold(at, spec, started.pop(), has_serial=record.has_serial)
             limit_s = self._start_deadline_s
             await verify_started(known, at, incoming=incoming, within_s=limit_s)
+            self._known[key] = known  # before it is no longer `launching`: `find` looks in a thread
         except BaseException as cause:
             if started:  # cancelled meanwhile, or its identity could not be noted
                 known = self._hold(at, spec, started.pop())
@@ -154,7 +155,6 @@ class QemuLauncher:
             raise
         finally:
             self._launching.discard(key)
-        self._known[key] = known
         how = "waiting for a guest" if incoming else "running"
         took_ms = (time.monotonic() - began_s) * 1000
         log.info("%s: QEMU is pid %s, %s, in %.0f ms", spec.name, known.process.pid, how, took_ms)
@@ -285,18 +285,19 @@ class QemuLauncher:
         """As the port says; of an adopted one only the connections end. Raises Conflict for one of
         ours that is not proven dead, OSError when its files cannot be removed (call again)."""
         key = (vmm.vm, vmm.instance)
-        known = self._known.get(key)
-        if known is None:
-            return
-        if known.at is not None and not known.process.is_dead:
-            text = f"QEMU of {vmm.vm} (pid {vmm.pid}) is not proven dead: its files stay"
-            raise Conflict(text, code="vmm_not_dead")
-        await known.close()
-        if known.at is not None:
-            await in_thread(known.at.remove)
-        elif self._adopt is not None:
-            self._adopt.forget(vmm.vm)
-        self._known.pop(key, None)
+        async with self._finding:  # else a look could find again what is being removed
+            known = self._known.get(key)
+            if known is None:
+                return
+            if known.at is not None and not known.process.is_dead:
+                text = f"QEMU of {vmm.vm} (pid {vmm.pid}) is not proven dead: its files stay"
+                raise Conflict(text, code="vmm_not_dead")
+            await known.close()
+            if known.at is not None:
+                await in_thread(known.at.remove)
+            elif self._adopt is not None:
+                self._adopt.forget(vmm.vm)
+            del self._known[key]
 
     async def close(self) -> None:
         """Disconnect from all; the QEMUs go on, and the next daemon finds them."""

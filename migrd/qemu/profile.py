@@ -38,7 +38,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Self
+from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -68,7 +68,7 @@ class LaunchProfile(BaseModel):
     machine: str = Field(pattern=r"^[A-Za-z0-9._-]+(,[^\x00-\x1f{}]+)?$")
     """Versioned machine type, with its options: `pc-q35-7.2,usb=off`."""
     accelerator: str = Field(pattern=r"^(tcg|kvm)(,[^\x00-\x1f{}]+)?$")
-    cpu: str = Field(min_length=1)
+    cpu: str = Field(pattern=r"^[^\x00-\x1f\x7f]+$")
     """CPU model and its flags, or `{parameter}`."""
     memory_mib: int | str
     """A number, or `{parameter}` of an integer parameter."""
@@ -76,7 +76,10 @@ class LaunchProfile(BaseModel):
     """Append what the guest sends on its first serial port to `serial.log` of the instance."""
     arguments: tuple[str, ...] = Field(default=(), strict=False)
     parameters: Mapping[str, Parameter] = Field(default_factory=dict)
-    environment: Mapping[str, str] = Field(default_factory=dict)
+    environment: Mapping[
+        Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")],
+        Annotated[str, Field(pattern=r"^[^\x00]*$")],
+    ] = Field(default_factory=dict)
     """Added to QEMU's otherwise nearly empty environment."""
 
     @field_validator("machine")

@@ -130,7 +130,13 @@ async def end_failed(known: Known, at: Instance, cause: BaseException) -> VmmErr
     if not await process.wait_dead(within_s=grace_s):
         with contextlib.suppress(VmmError):
             process.kill()
-    why = cause.message if isinstance(cause, VmmError) else "the start was given up"
+    match cause:
+        case VmmError():
+            why = cause.message
+        case OSError():
+            why = f"{cause.filename or at.directory}: {cause.strerror}"
+        case _:
+            why = "the start was given up"
     is_over = await process.wait_dead(within_s=END_DEADLINE_S)
     if not is_over or not await in_thread(_kill_rest, at):
         process.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -187,9 +188,50 @@ async def test_a_wrong_identity_is_no_proof_while_the_log_is_locked(host: Host) 
     async with host.daemon() as launcher:
         [found] = await launcher.find()
         assert not found.is_dead
-        assert found.is_reachable
+        assert found.pid == vmm.pid
         with pytest.raises(Conflict):
             await launcher.forget(found)
+        await found.quit()
+        await launcher.forget(found)
+
+
+async def test_a_held_lock_and_no_socket_leave_it_unknown(host: Host) -> None:
+    async with host.daemon() as launcher:
+        vmm = await launcher.launch(host.spec(), "one", incoming=True)
+        record = host.record(vmm)
+        await vmm.quit()
+    with (host.directory(vmm) / "stderr.log").open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)  # as by a child that QEMU left behind
+        assert record["process"]["pid"] == vmm.pid
+        async with host.daemon() as launcher:
+            [found] = await launcher.find()
+            assert not found.is_dead
+            assert not found.is_reachable
+            with pytest.raises(Conflict):
+                await launcher.forget(found)
+    async with host.daemon() as launcher:
+        [found] = await launcher.find()
+        assert found.is_dead
+        await launcher.forget(found)
+
+
+async def test_looking_while_launching_and_forgetting_finds_nothing_twice(host: Host) -> None:
+    async with host.daemon() as launcher:
+        found: list[Vmm] = []
+
+        async def look() -> None:
+            while True:
+                found.extend(await launcher.find())
+
+        looking = [asyncio.create_task(look()) for _ in range(2)]
+        for number in range(8):
+            vmm = await launcher.launch(host.spec(), f"n{number}", incoming=True)
+            await vmm.quit()
+            await launcher.forget(vmm)
+        for task in looking:
+            task.cancel()
+        await asyncio.wait(looking)
+        assert found == []
 
 
 async def test_a_qemu_that_died_while_no_daemon_ran_is_found_dead_with_its_last_words(

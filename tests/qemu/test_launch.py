@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import stat
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from migrd.core.facts import REQUIRED_FEATURES, RunState, VmSpec
 from migrd.errors import ConfigError, Conflict, Invalid, NotFound, VmmDied
+from migrd.qemu.instances import Instance, LaunchRecord
 from migrd.qemu.launch import QemuLauncher
 from migrd.qemu.profile import TCG_EXTRA_KIB
 from migrd.qemu.profile_files import Profiles
@@ -248,6 +250,40 @@ async def test_a_launch_that_is_cancelled_at_any_time_leaves_nothing(host: Host)
         assert children() == before
         assert open_fds() == fds
         assert not list(host.run.glob("vms/*/*"))
+
+
+async def test_a_full_disk_starts_nothing_or_ends_what_was_started(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, before = LaunchRecord.write, children()
+    for good_writes in (0, 1):
+        written: list[Instance] = []
+
+        def fill(
+            record: LaunchRecord,
+            at: Instance,
+            written: list[Instance] = written,
+            good_writes: int = good_writes,
+        ) -> None:
+            written.append(at)
+            if len(written) > good_writes:
+                raise OSError(errno.ENOSPC, "No space left on device", str(at.record_path))
+            write(record, at)
+
+        monkeypatch.setattr(LaunchRecord, "write", fill)
+        async with host.daemon() as launcher:
+            with pytest.raises(VmmDied, match=r"launch\.json: No space left on device"):
+                await launcher.launch(host.spec(), "one", incoming=False)
+            assert await launcher.find() == []
+        assert children() == before
+        assert not list(host.run.glob("vms/*/*"))
+
+
+async def test_a_runtime_directory_that_cannot_be_used_is_told(host: Host) -> None:
+    host.run.write_text("no directory")
+    async with host.daemon() as launcher:
+        with pytest.raises(VmmDied, match=r"see to `host.runtime_dir`"):
+            await launcher.launch(host.spec(), "one", incoming=False)
 
 
 async def test_an_instance_is_launched_once(host: Host) -> None:

@@ -116,6 +116,9 @@ def test_a_template_that_would_open_a_door_is_refused(
         (GOOD.replace('"{memory_mib}"', '"{firmware}"'), "names no integer parameter"),
         (GOOD.replace("serial = true", "serial = 1"), "serial = 1"),
         (GOOD.replace('"-display", "none"', '"-serial", "null"'), "a -serial as well"),
+        (GOOD + '[environment]\n"A=B" = "x"\n', "environment.A=B"),
+        (GOOD + '[environment]\nA = "\\u0000"\n', "environment.A"),
+        (GOOD.replace('"qemu64"', '"a\\nb"'), "cpu = "),
         (GOOD + "colour = 1\n", "parameters.memory_mib.colour is no key"),
     ],
 )
