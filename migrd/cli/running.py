@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -86,64 +86,53 @@ def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> Non
         setattr(options_of(context), parameter.name, value)
 
 
-def _option(*names: str, **more: Any) -> Callable[[Command], Command]:
-    return click.option(*names, expose_value=False, callback=_keep, is_eager=True, **more)
+_EVERYWHERE: Final[Mapping[tuple[str, ...], Mapping[str, Any]]] = {
+    ("-o", "--output"): {
+        "type": click.Choice([format_.value for format_ in Format]),
+        "help": "How to print: a table for people, or JSON for scripts.  [env: MIGRD_OUTPUT]",
+    },
+    ("--socket",): {
+        "metavar": "PATH",
+        "help": "The daemon's unix socket.  [env: MIGRD_SOCKET; default: /run/migrd/api.sock]",
+    },
+    ("--url",): {
+        "metavar": "URL",
+        "help": "The daemon's TCP address instead, https://HOST:PORT.  [env: MIGRD_URL]",
+    },
+    ("--token-file",): {
+        "metavar": "FILE",
+        "help": "With --url: the file that holds the token.  [env: MIGRD_TOKEN_FILE]",
+    },
+    ("--cacert",): {
+        "metavar": "FILE",
+        "help": f"With --url: the certificate authority to trust.  [env: {CACERT_VARIABLE}]",
+    },
+    ("--call-timeout", "call_timeout_s"): {
+        "type": click.FloatRange(min=0.1, max=3600),
+        "metavar": "S",
+        "help": f"How long one call to the daemon may take.  [default: {DEADLINE_S:g}]",
+    },
+    ("-v", "--verbose"): {
+        "is_flag": True,
+        "default": None,
+        "help": "With an error: print the daemon's whole answer as well.",
+    },
+}
 
 
 def common_options(*, hidden: bool) -> Callable[[Command], Command]:
-    """The options of every command; shown in full on the group only."""
-    choices = click.Choice([format_.value for format_ in Format])
-    listed = [
-        _option(
-            "-o",
-            "--output",
-            type=choices,
-            help="How to print: a table for people, or JSON for scripts.  [env: MIGRD_OUTPUT]",
-        ),
-        _option(
-            "--socket",
-            metavar="PATH",
-            hidden=hidden,
-            help="The daemon's unix socket.  [env: MIGRD_SOCKET; default: /run/migrd/api.sock]",
-        ),
-        _option(
-            "--url",
-            metavar="URL",
-            hidden=hidden,
-            help="The daemon's TCP address instead, https://HOST:PORT.  [env: MIGRD_URL]",
-        ),
-        _option(
-            "--token-file",
-            metavar="FILE",
-            hidden=hidden,
-            help="With --url: the file that holds the token.  [env: MIGRD_TOKEN_FILE]",
-        ),
-        _option(
-            "--cacert",
-            metavar="FILE",
-            hidden=hidden,
-            help=f"With --url: the certificate authority to trust.  [env: {CACERT_VARIABLE}]",
-        ),
-        _option(
-            "--call-timeout",
-            "call_timeout_s",
-            type=click.FloatRange(min=0.1, max=3600),
-            metavar="S",
-            hidden=hidden,
-            help=f"How long one call to the daemon may take.  [default: {DEADLINE_S:g}]",
-        ),
-        _option(
-            "-v",
-            "--verbose",
-            is_flag=True,
-            default=None,
-            hidden=hidden,
-            help="With an error: print the daemon's whole answer as well.",
-        ),
-    ]
+    """The options of every command; on a command itself only -o is shown in the help."""
 
     def decorate(command: Command) -> Command:
-        for option in reversed(listed):
+        for names, more in reversed([*_EVERYWHERE.items()]):
+            option = click.option(
+                *names,
+                expose_value=False,
+                callback=_keep,
+                is_eager=True,
+                hidden=hidden and "-o" not in names,
+                **more,
+            )
             command = option(command)
         return command
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from migrd.cli import story
-from migrd.cli.client import path
+from migrd.cli.client import Reply, path
 from migrd.cli.exits import CommandError, Exit
 from migrd.cli.naming import host_argument, migration_argument, vm_argument, whole_id
 from migrd.cli.policy import Wishes, policy_options
@@ -163,6 +163,12 @@ async def migrate(
         raise CommandError("the daemon did not say which migration this is")
     if watch:
         return await _follow(session, id_, timeout_s, through_needs_operator)
+    _print_begun(session, reply)
+    return Exit.OK
+
+
+def _print_begun(session: Session, reply: Reply) -> None:
+    """The id alone on stdout, so that a script can catch it."""
     if session.printer.is_for_scripts:
         session.printer.json(reply.body)
     else:
@@ -171,7 +177,6 @@ async def migrate(
         session.printer.line(seen.text("id"))
         session.printer.note(f"{seen.text('vm')} {story.route(seen)}: {began}")
         session.printer.note(f"watch it: migrd watch {seen.text('id')}")
-    return Exit.OK
 
 
 @click.command("watch", short_help="Follow a migration to its end")
