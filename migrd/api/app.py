@@ -60,8 +60,8 @@ def build_app(
 ) -> web.Application:
     """The application over a running engine; `server.serving` puts it on sockets.
 
-    `metrics` returns what was last rendered (bytes, content type, a word that changes with them)
-    and must not block. `defaults` stand in for what a request leaves out.
+    `metrics` returns what was last rendered (bytes, content type, quoted ETag) and must not
+    block. `defaults` stand in for what a request leaves out.
     """
     site = Site(service, metrics, defaults or Defaults(), limits or Limits(), gate or Gate())
     app = web.Application(middlewares=[_front], client_max_size=site.limits.body_limit_bytes)

@@ -261,8 +261,7 @@ async def readyz(call: Call) -> Reply:
 )
 async def metrics(call: Call, headers: NoneMatch) -> Reply:
     """Metrics for Prometheus, as last rendered: a scrape waits for nothing."""
-    body, content_type, word = call.site.metrics()
-    etag = f'"{word}"'
+    body, content_type, etag = call.site.metrics()
     if is_known(headers, etag):
         return Reply(304, headers={"ETag": etag})
     return Reply(200, body, content_type, {"ETag": etag})

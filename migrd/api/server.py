@@ -51,18 +51,22 @@ BACKLOG: Final = 128
 class Connection(web.RequestHandler):
     """One client's connection, with its clocks."""
 
-    __slots__ = ("_head_clock", "_limits", "_unread_clock")
+    __slots__ = ("_body", "_head_clock", "_limits", "_unread_clock")
 
     def __init__(self, server: "Connections", limits: Limits, **kwargs: Any) -> None:
         super().__init__(server, **kwargs)
         self._limits = limits
         self._head_clock: asyncio.TimerHandle | None = None
         self._unread_clock: asyncio.TimerHandle | None = None
+        self._body: Any = None
+        """Of the newest request: bytes may still belong to it, and not to a head."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        manager = self._manager
-        if manager is not None and len(manager.connections) > self._limits.max_connections:
+        sock = transport.get_extra_info("socket")
+        is_unix = sock is not None and sock.family == socket.AF_UNIX
+        most = self._limits.max_connections // (1 if is_unix else 2)
+        if self._manager is not None and len(self._manager.connections) > most:
             self._refuse(TooManyConnections("there are too many connections"))
         else:
             self._start_head_clock()
@@ -72,11 +76,14 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        was_body = self._body is not None and not self._body.is_eof()
         super().data_received(data)
+        if self._messages:
+            self._body = self._messages[-1][1]
         if self._messages or self._current_request is not None:
             self._stop(self._head_clock)
             self._head_clock = None
-        elif self._head_clock is None and data:
+        elif self._head_clock is None and data and not was_body:
             self._start_head_clock()
 
     def pause_writing(self) -> None:

@@ -40,7 +40,7 @@ _MOST_KEPT: Final = 2048
 _TOO_LONG: Final = "it takes too long; it may or may not take effect: look before you ask again"
 JSON_TYPE: Final = "application/json"
 MetricsSnapshot: TypeAlias = Callable[[], tuple[bytes, str, str]]
-"""(rendered metrics, their content type, an opaque word that changes with them)."""
+"""(rendered metrics, their content type, their ETag with its quotes)."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Limits:
     linger_s: float = 2.0
     """So long what a refused client still sends is read away, so that it sees the answer."""
     max_connections: int = 512
+    """Of these at most half on TCP: whoever floods the port does not lock out the unix socket."""
     max_streams: int = 64
     """Event streams at one time."""
     heartbeat_s: float = 15.0

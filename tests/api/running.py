@@ -20,7 +20,7 @@ from migrd.api.table import Limits
 from tests.fakes.service import FakeService
 
 DEADLINE_S = 10.0
-METRICS = (b"# HELP x y\n", "text/plain; version=0.0.4; charset=utf-8", "m1")
+METRICS = (b"# HELP x y\n", "text/plain; version=0.0.4; charset=utf-8", '"m1"')
 
 
 @dataclass(frozen=True)

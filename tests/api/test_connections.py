@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from migrd.api.auth import Scope, Token
 from migrd.api.table import Limits
 from migrd.errors import (
     JournalError,
@@ -15,6 +16,11 @@ from migrd.errors import (
     VmmTimedOut,
 )
 from tests.api.running import Api, parse_http, running, until
+
+
+@pytest.fixture
+def known_tokens() -> tuple[Token, ...]:
+    return (Token("any", Scope.READ, b"0" * 32),)
 
 
 async def test_a_head_that_trickles_is_answered_408_and_closed(tmp_path: Path) -> None:
@@ -31,6 +37,19 @@ async def test_a_second_head_on_the_same_connection_has_a_limit_too(tmp_path: Pa
         await asyncio.sleep(0.3)  # idle between requests is no offence
         await wire.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
         assert b"408" in await wire.to_the_end()
+
+
+async def test_a_body_that_nobody_reads_does_not_start_the_clock_of_a_head(tmp_path: Path) -> None:
+    limits = Limits(head_within_s=0.2)
+    async with running(tmp_path, limits=limits) as api, api.wire() as wire:
+        id_ = await api.begun()
+        head = f"POST /v1/migrations/{id_}:cancel HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+        await wire.send(head.encode())
+        assert b"HTTP/1.1 202" in await wire.some()
+        await wire.send(b"{}")  # the answer has been sent already
+        await asyncio.sleep(0.4)
+        await wire.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"HTTP/1.1 200" in await wire.some()
 
 
 async def test_a_client_that_says_nothing_is_closed(tmp_path: Path) -> None:
@@ -75,6 +94,19 @@ async def test_there_are_only_so_many_connections(tmp_path: Path) -> None:
             writer.close()
         await until(lambda: not server.connections)
         assert (await api("GET", "/healthz")).status == 200
+
+
+async def test_a_flood_on_tcp_does_not_lock_out_the_unix_socket(
+    tmp_path: Path, known_tokens: tuple[Token, ...]
+) -> None:
+    async with running(tmp_path, limits=Limits(max_connections=4)) as api:
+        port = await api.server.serve_tcp("127.0.0.1", 0, tokens=known_tokens)
+        held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
+        refused = [await reader.read(12) for reader, _ in held[2:]]
+        assert refused == [b"HTTP/1.1 503"] * 2
+        assert (await api("GET", "/healthz")).status == 200
+        for _, writer in held:
+            writer.close()
 
 
 @pytest.mark.parametrize(

@@ -228,3 +228,15 @@ def test_whatever_an_event_holds_it_stays_one_line_of_json() -> None:
     assert [line.split(b":")[0] for line in lines] == [b"id", b"event", b"data", b"", b""]
     told = json.loads(lines[2].removeprefix(b"data: "))
     assert (told["body"]["a"], told["body"]["c"]) == (None, "precopy")
+
+
+async def test_a_reader_that_takes_nothing_is_cut_off_and_forgotten(tmp_path: Path) -> None:
+    limits = Limits(unread_within_s=0.2)
+    async with running(tmp_path, limits=limits) as api, api.wire() as wire:
+        await wire.send(b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200 OK" in await wire.some()
+        readers = api.service.stream._readers
+        async with asyncio.timeout(DEADLINE_S):
+            while readers:  # says more than any buffer holds, and nobody reads it
+                api.service.stream.publish("vm.changed", {"x": "x" * 10_000})
+                await asyncio.sleep(0.001)
