@@ -172,6 +172,8 @@ def _seemly_text(text: str, limit_chars: int) -> str:
             text = text.replace(secret, HIDDEN)
     if "://" in text or "PRIVATE KEY" in text or "earer " in text.lower():
         text = _SECRET_IN_TEXT.sub(lambda m: f"{m[1] or m[2] or m[3]}{HIDDEN}", text)
+    if not text.isascii():  # bytes that were no UTF-8 come as lone surrogates
+        text = text.encode(errors="backslashreplace").decode()
     if len(text) > limit_chars:  # the end of a traceback is what tells
         text = f"{text[: limit_chars // 3]} … {text[-limit_chars * 2 // 3 :]}"
     return text
@@ -196,7 +198,7 @@ def _to_json(logger: WrappedLogger, method: str, event: EventDict) -> bytes:
     ordered.update(event)
     try:
         return orjson.dumps(ordered, default=_said, option=orjson.OPT_NON_STR_KEYS)
-    except (TypeError, ValueError):  # a lone surrogate, a number beyond 64 bits
+    except (TypeError, ValueError):  # a number beyond 64 bits
         return json.dumps(ordered, default=_said).encode()
 
 
