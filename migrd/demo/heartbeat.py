@@ -136,7 +136,9 @@ class Continuity:
     interval_s: float
     """Median gap between heartbeats that ended on the same QEMU."""
     jitter_s: float
-    """Largest deviation from it: what a blackout can be wrong by at most."""
+    """Nineteen of twenty gaps deviate less from it: what a blackout can be wrong by."""
+    largest_gap_s: float
+    """Longest silence between heartbeats on the same QEMU: a guest that stalled shows here."""
     blackouts_s: tuple[float, ...]
     """One per change of owner, in order; below zero is noise."""
     last: Heartbeat
@@ -195,10 +197,16 @@ def prove_continuity(taps: Sequence[SerialTap], *, switches: int) -> Continuity:
         first_sequence=beats[0].sequence,
         last_sequence=beats[-1].sequence,
         interval_s=interval_s,
-        jitter_s=max((abs(gap_s - interval_s) for gap_s in gaps_s), default=0.0),
+        jitter_s=_nineteen_of_twenty([abs(gap_s - interval_s) for gap_s in gaps_s]),
+        largest_gap_s=max(gaps_s, default=0.0),
         blackouts_s=tuple(gap_s - interval_s for gap_s in seams_s),
         last=beats[-1],
     )
+
+
+def _nineteen_of_twenty(deviations_s: list[float]) -> float:
+    ordered = sorted(deviations_s)
+    return ordered[(len(ordered) - 1) * 19 // 20] if ordered else 0.0
 
 
 def _parse(line: bytes, owner: str, arrived_s: float) -> Heartbeat | None:

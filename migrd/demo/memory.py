@@ -56,7 +56,7 @@ _LIVE_WORDS: Final = (
     *(cursor + offset for cursor in _CURSORS for offset in (0x00, 0x18, 0x20, 0x28, 0x30)),
 )
 LIVE_BYTES: Final = _STACK.stop - _STACK.start + 8 * len(_LIVE_WORDS)
-_CHUNK_PAGES: Final = 512
+_CHUNK_PAGES: Final = 64  # what is computed at once should fit into the processor's cache
 _NOISE_WORDS: Final = PAGE_BYTES // 8 - 2
 
 
@@ -290,8 +290,10 @@ class _Prediction:
         expected[:, 0] = written
         expected[:, 1] = signatures if self._noise else np.where(written > 0, signatures, 0)
         if self._noise:
-            noise = signatures[:, None] * self._factors + self._steps
-            expected[:, 2:] = noise ^ (noise >> np.uint64(32))
+            noise = signatures[:, None] * self._factors
+            noise += self._steps
+            np.right_shift(noise, np.uint64(32), out=expected[:, 2:])
+            expected[:, 2:] ^= noise
         return expected
 
 

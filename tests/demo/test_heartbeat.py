@@ -46,6 +46,14 @@ def test_a_line_torn_across_the_switchover_is_one_heartbeat_of_the_destination()
     assert list(proof.blackouts_s) == pytest.approx([0.06 - 0.01])
 
 
+def test_one_stall_does_not_make_all_times_doubtful_but_it_is_told() -> None:
+    source = beats("source", 1, 60)
+    stalled = tap("source", *source.chunks, *beats("", 61, 62, start_s=0.59 + 0.5).chunks)
+    proof = prove_continuity([stalled], switches=0)
+    assert proof.largest_gap_s == pytest.approx(0.5)
+    assert proof.jitter_s < 0.001
+
+
 def test_several_moves_give_one_blackout_each() -> None:
     taps = [
         beats("a", 1, 10),
