@@ -144,6 +144,11 @@ class FakeService:
             self.step(migration_id, trigger, **facts)
         assert m.state.phase is phase, m.state.phase
 
+    def finish_cancel(self, migration_id: str) -> None:
+        """The guest was seen to run on the source again."""
+        if self.known[migration_id].state.phase is Phase.ROLLING_BACK:
+            self.step(migration_id, Trigger.CANCEL_COMPLETED)
+
     def add_round(self, migration_id: str, *, remaining_bytes: int = 64 << 20) -> None:
         """One dirty sync, and the decision the real policy makes of it."""
         m = self.known[migration_id]
