@@ -299,18 +299,18 @@ def refusals(printer: Printer, found: Sequence[Seen], title: str = "refused beca
 
 
 def round_line(round_: Seen) -> str:
-    """One round as a sentence."""
-    parts = [
-        f"round {round_.text('number')}: sent {size(round_.number('transferred_bytes'))}"
-        f" in {span(round_.seconds('duration'))}",
-        f"{rate(round_.number('bandwidth_bytes_per_s'))}",
-        f"left {size(round_.number('remaining_bytes'))}",
-        f"dirtying {rate(dirty_rate(round_))}",
-    ]
+    """One round as a sentence; what is not known is left out."""
+    sent, took_s = round_.number("transferred_bytes"), round_.seconds("duration")
+    bandwidth, dirtying = round_.number("bandwidth_bytes_per_s"), dirty_rate(round_)
     throttled = round_.number("throttle_percent")
-    if throttled:
-        parts.append(f"throttled {percent(throttled)}")
-    return ", ".join(parts)
+    parts = [
+        f"sent {size(sent)} in {span(took_s)}" if sent else "",
+        rate(bandwidth) if bandwidth else "",
+        f"left {size(round_.number('remaining_bytes'))}",
+        "" if dirtying is None else f"dirtying {rate(dirtying)}",
+        f"throttled {percent(throttled)}" if throttled else "",
+    ]
+    return f"round {round_.text('number')}: " + ", ".join(part for part in parts if part)
 
 
 def dirty_rate(seen: Seen) -> float | None:

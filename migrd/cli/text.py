@@ -107,6 +107,11 @@ def ago(wall_s: float | None, now_s: float | None = None) -> str:
     return f"{passed_s:.0f} s ago"
 
 
+def brief_version(version: str) -> str:
+    """`7.2.22 (Debian 1:7.2+dfsg-7)` -> `7.2.22`."""
+    return version.split(" ", 1)[0]
+
+
 def yes_no(fact: bool | None) -> str:
     """Three answers: not known is not no."""
     return {True: "yes", False: "no", None: "unknown"}[fact]

@@ -7,6 +7,7 @@ from typing import Final
 import click
 from rich.text import Text
 
+from migrd.cli import story
 from migrd.cli.exits import Exit
 from migrd.cli.running import Session, remote
 from migrd.cli.seen import Seen
@@ -107,12 +108,17 @@ def _line(event: Event) -> Text:
     line.append(seen.text("kind", printable(event.kind)).ljust(20), "cyan")
     line.append("  ")
     line.append(seen.text("vm", ""), "bold")
-    figures = [
-        f"{printable(key)}={_figure(value)}" for key, value in seen.part("body").body.items()
-    ]
-    if figures:
-        line.append(f"  {'  '.join(figures)}")
-    return line
+    told = _told(seen.part("body"))
+    return line.append(f"  {told}") if told else line
+
+
+def _told(body: Seen) -> str:
+    """The figures of an event: rounds and decisions as sentences, the rest as key=value."""
+    if round_ := body.part("round"):
+        return story.round_line(round_)
+    if decision := body.part("decision"):
+        return story.decision_line(decision)
+    return "  ".join(f"{printable(key)}={_figure(value)}" for key, value in body.body.items())
 
 
 def _figure(value: object) -> str:

@@ -7,7 +7,7 @@ from migrd.cli.client import Problem
 from migrd.cli.printing import Cell, Column, violations
 from migrd.cli.running import Session, remote
 from migrd.cli.seen import Seen
-from migrd.cli.text import UNKNOWN, ago, clock, size, yes_no
+from migrd.cli.text import UNKNOWN, ago, brief_version, clock, size, yes_no
 
 
 @click.command("host", short_help="This host: versions, slots, other hosts")
@@ -80,7 +80,7 @@ def _profiles(seen: Seen) -> str:
 
 
 def _version(told: str | None) -> str:
-    return "unknown" if told is None or told == UNKNOWN else told
+    return "unknown" if told is None or told == UNKNOWN else brief_version(told)
 
 
 def _peer(peer: Seen) -> list[Cell]:

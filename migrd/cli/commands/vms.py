@@ -9,7 +9,7 @@ from migrd.cli.naming import vm_argument
 from migrd.cli.printing import Cell, Column
 from migrd.cli.running import Session, common_options, remote
 from migrd.cli.seen import Json, Seen
-from migrd.cli.text import UNKNOWN, size, word, yes_no
+from migrd.cli.text import UNKNOWN, brief_version, size, word, yes_no
 from migrd.cli.units import setting
 
 _COLUMNS = (
@@ -71,7 +71,7 @@ def _row(vm: Seen) -> list[Cell]:
         vm.text("name"),
         word(vm.text("state")),
         size(facts.number("memory_bytes")),
-        facts.text("qemu_version"),
+        brief_version(facts.text("qemu_version")),
         _profile_of(vm),
         vm.text("migration_id"),
     ]
