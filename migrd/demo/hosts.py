@@ -71,7 +71,7 @@ ca = "{dir}/tls/ca-cert.pem"
 
 [peers.{other}]
 url = "https://127.0.0.1:{other_port}"
-
+{roster}
 [migration]
 tls = "{tls}"
 tls_dir = "{dir}/tls"
@@ -125,10 +125,13 @@ def lay_out(
     binaries: tuple[str, str],
     machine: str,
     tls: bool,
-    more: Mapping[str, str] | None = None,
+    more: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[Host, Host]:
-    """Write everything both daemons need; `more` are further settings of [migration], as TOML by
-    host name. Blocking (keys are made)."""
+    """Write everything both daemons need. Blocking (keys are made).
+
+    `more` are further lines of TOML by host name: for [migration] ("migration"), for the other
+    host's entry in the roster ("roster"), and at the end ("end").
+    """
     authority = trustme.CA(organization_name="migrd demo")
     ports = free_ports(2)
     hosts = [Host(name, directory / name, port) for name, port in zip(names, ports, strict=True)]
@@ -139,6 +142,7 @@ def lay_out(
         firmware_dir = directory / "firmware"
         profile = PROFILE.format(binary=binary, machine=machine, firmware_dir=firmware_dir)
         (host.directory / "profiles" / "demo.toml").write_text(profile)
+        lines = (more or {}).get(host.name, {})
         values = {
             "name": host.name,
             "dir": host.directory,
@@ -146,9 +150,10 @@ def lay_out(
             "other": other.name,
             "other_port": other.port,
             "tls": "required" if tls else "off",
-            "migration": (more or {}).get(host.name, ""),
+            "migration": lines.get("migration", ""),
+            "roster": lines.get("roster", ""),
         }
-        host.config.write_text(CONFIG.format(**values))
+        host.config.write_text(CONFIG.format(**values) + lines.get("end", ""))
     (directory / "firmware").mkdir(mode=0o700)
     return hosts[0], hosts[1]
 

@@ -8,8 +8,9 @@ Who switches over: QEMU is given the downtime limit less the fixed cost and may 
 soon as its own figures fit; where ours fit and its do not (it takes the last 100 ms for its
 bandwidth, which is too low right after a pause or under a throttle), it is told our bandwidth.
 
-The guest is never stopped while the destination's migrd does not answer: QEMU's downtime limit
-is then held so low that it goes on precopying.
+While the destination's migrd does not answer, QEMU is held in precopy by a downtime limit of zero.
+(A guest that writes nothing at all may still reach the switchover; it is then brought back at
+once, see `switchover`.)
 
 A restarted daemon begins this step again: it finds QEMU's migration going on and goes on steering.
 """
@@ -34,8 +35,11 @@ TICK_S: Final = 0.5
 """Without a round or a change of status the situation is looked at this often."""
 ASK_S: Final = 5.0
 """Long poll of the destination's side."""
-HOLD_S: Final = 0.001
-"""The downtime limit that keeps QEMU in precopy."""
+HOLD_S: Final = 0.0
+"""The downtime limit that keeps QEMU in precopy: nothing may be left but what fits no time."""
+HOLD_BYTES_PER_S: Final = 8 << 20
+"""Held rounds are slow: there is nothing to be won, and something is always left to send."""
+LEAST_LIMIT_S: Final = 0.001
 AT_ONCE_S: Final = 2000.0
 """The largest downtime limit QEMU takes."""
 LAST_WORD_S: Final = 5.0
@@ -230,15 +234,16 @@ class Steering:
     async def _set_limits(self) -> None:
         """Give QEMU the policy as it is now, or hold it in precopy."""
         m, policy = self._m, self._m.state.policy
-        limit_s = HOLD_S if self._holding else max(HOLD_S, policy.downtime_limit_s - FIXED_COST_S)
-        if m.state.switchover_forced and not self._holding:
+        bandwidth = policy.max_bandwidth_bytes_per_s
+        if self._holding:
+            limit_s, bandwidth = HOLD_S, min(bandwidth or HOLD_BYTES_PER_S, HOLD_BYTES_PER_S)
+        elif m.state.switchover_forced:
             limit_s = AT_ONCE_S
+        else:
+            limit_s = max(LEAST_LIMIT_S, policy.downtime_limit_s - FIXED_COST_S)
         self._hastened = False
         with contextlib.suppress(VmmRefused):
-            await m.vmm.set_limits(
-                max_bandwidth_bytes_per_s=policy.max_bandwidth_bytes_per_s,
-                downtime_limit_s=limit_s,
-            )
+            await m.vmm.set_limits(max_bandwidth_bytes_per_s=bandwidth, downtime_limit_s=limit_s)
 
     # The other side -------------------------------------------------------------------------
 

@@ -49,6 +49,11 @@ DEATH_S: Final = 5.0
 
 async def complete_switchover(m: Outgoing) -> MigrationEvent:
     """Carry out COMPLETE_SWITCHOVER."""
+    if _is_pointless(m):
+        return m.failed(
+            "destination_unreachable",
+            f"migrd on {m.peer.name} does not answer; the guest was not kept waiting for it",
+        )
     deadline_s = m.world.options.switchover_s(m.state.policy.downtime_limit_s)
     try:
         async with asyncio.timeout(deadline_s):
@@ -73,6 +78,12 @@ async def _persist(m: Outgoing) -> MigrationEvent:
             m.log.warning("looking again", cause=exc.message)
             fresh = True
             await asyncio.sleep(FIRST_RETRY_S)
+
+
+def _is_pointless(m: Outgoing) -> bool:
+    """The guest stands still, nobody could start it over there, and nothing has left yet."""
+    waiting = m.sample is not None and m.sample.qemu_status is QemuStatus.PRE_SWITCHOVER
+    return waiting and "DestinationUnreachable" in m.troubles
 
 
 async def _both_sides_done(m: Outgoing, *, fresh: bool) -> MigrationEvent:

@@ -164,5 +164,6 @@ def checked_host(host: str) -> str:
 
 
 def milliseconds(seconds: float) -> int:
-    """A downtime limit as QEMU takes it: whole milliseconds, at least one."""
-    return min(max(1, round(seconds * 1000)), MOST_DOWNTIME_MS)
+    """A downtime limit as QEMU takes it: whole milliseconds; zero only when it is meant."""
+    least = 1 if seconds > 0 else 0
+    return min(max(least, round(seconds * 1000)), MOST_DOWNTIME_MS)
