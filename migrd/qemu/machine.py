@@ -253,7 +253,12 @@ class Machine:
         await self._ask("migrate_cancel")
 
     async def free_stalled(self) -> None:
-        await self._ask_oob("yank", YANK_MIGRATION)
+        try:
+            await self._ask_oob("yank", YANK_MIGRATION)
+        except CommandRefused as refusal:
+            if refusal.error_class != "DeviceNotFound":
+                raise
+            log.debug("%s: no migration connection to free", self._vm)
 
     async def pause_postcopy(self) -> None:
         await self._ask_oob("migrate-pause")

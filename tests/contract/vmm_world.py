@@ -153,6 +153,6 @@ class RealWorld(World):
         return qemu.machine
 
 
-def dirtying_guest() -> GuestImage:
+def dirtying_guest(working_set_pages: int = 2048) -> GuestImage:
     pages_per_s = GUEST_DIRTIES_BYTES_PER_S // 4096
-    return GuestImage(working_set_pages=2048, pages_per_s=pages_per_s, noise=True)
+    return GuestImage(working_set_pages=working_set_pages, pages_per_s=pages_per_s, noise=True)

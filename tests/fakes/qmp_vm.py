@@ -293,7 +293,7 @@ class FakeVm:
 
     async def _yank(self, instances: list[dict[str, Any]]) -> Reply:
         if self.status not in UNDER_WAY:
-            raise Refusal("Instance not found")
+            raise Refusal("Instance not found", "DeviceNotFound")
         await self._fail("Channel error: Input/output error")
         self.qmp.unblock()
         return {}
