@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,6 @@ class Host:
 
     root: Path
     binary: Path
-    left: list[int] = field(default_factory=list)
-    """Pids of QEMUs that the test itself has to end."""
 
     def __post_init__(self) -> None:
         for directory in (self.profiles, self.firmware, self.adopt):
@@ -101,14 +99,10 @@ class Host:
                 child.kill()
 
     def end_all(self) -> None:
-        """Kill what was launched here and lives."""
-        for path in Path(self.run).glob("vms/*/*/launch.json"):
-            with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-                self.left.append(int(json.loads(path.read_text())["process"]["pid"]))
-        for pid in self.left:
-            with contextlib.suppress(OSError):
-                if os.fsencode(self.root) in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(pid, signal.SIGKILL)
+        """Kill whatever has this host's own directory in its command line."""
+        for found in processes_naming(self.root):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(found.partition(":")[0]), signal.SIGKILL)
 
 
 @contextlib.contextmanager
