@@ -13,7 +13,7 @@ from migrd.errors import Conflict, NotFound, VmmDied
 from tests.fakes.guest import Guest
 from tests.fakes.qemu_process import FakeQemu, Load, Make
 from tests.fakes.vmm import FakeVmm
-from tests.fakes.wire import FakeWire
+from tests.fakes.wire import GOOD_BYTES_PER_S, FakeWire
 
 LAUNCH_S = 0.05
 
@@ -25,6 +25,13 @@ class Ground:
         self.wire = FakeWire()
         self.guests: dict[str, Guest] = {}
         self.load = Load()
+
+    def calm(self) -> None:
+        """An easy guest and a good link again, for the QEMUs there are and those to come."""
+        self.wire.heal()
+        self.wire.swallows_ack = False
+        self.wire.bandwidth_bytes_per_s = GOOD_BYTES_PER_S
+        vars(self.load).update(vars(Load()))
 
     def guest(self, name: str) -> Guest:
         """The only one of that name."""

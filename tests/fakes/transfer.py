@@ -23,7 +23,7 @@ from tests.fakes.virtual_time import now_s
 if TYPE_CHECKING:
     from tests.fakes.qemu_process import FakeQemu
 
-TICK_S = 0.02
+TICK_S = 0.05
 LOOK_S = 0.1
 STEP_S = 0.0005
 NOTICE_S = 0.05
@@ -258,7 +258,8 @@ class Transfer:
         there = self._there()
         assert source.copy is not None
         self.is_postcopy = True
-        there.arrive(source.copy, source)
+        left, source.copy = source.copy, None  # no `cont` here until all of it is over there
+        there.arrive(left, source)
         there.set_status(QemuStatus.POSTCOPY_ACTIVE)
         source.set_status(QemuStatus.POSTCOPY_ACTIVE)
         source.numbers.downtime_s = now_s() - self._stopped_at_s
@@ -267,7 +268,7 @@ class Transfer:
                 await self._send(int(self._bandwidth * TICK_S))
             except Broken:
                 await self._paused()
-        there.missing_from = None
+        there.missing_from, source.copy = None, left
         there.set_status(QemuStatus.COMPLETED)
         source.run_state = RunState.POSTMIGRATE
         self.is_over = True

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 BOOT_S = 1_000.0
+SOON_S = 0.002
+LATER_S = 0.2
 WALL_S = 1_700_000_000.0
 """The wall clock at the loop's beginning; far from the monotonic one, so that mixing them shows."""
 
@@ -74,16 +76,14 @@ def now_s() -> float:
     return asyncio.get_running_loop().time()
 
 
-async def until(
-    condition: Callable[[], object],
-    *,
-    within_s: float = 60.0,
-    what: str = "",
-    step_s: float = 0.005,
-) -> None:
-    """Wait for a condition; fails the test when it does not come true in time."""
-    deadline_s = now_s() + within_s
+async def until(condition: Callable[[], object], *, within_s: float = 60.0, what: str = "") -> None:
+    """Wait for a condition; fails the test when it does not come true in time.
+
+    It is looked at often at first, and less so the longer it takes.
+    """
+    deadline_s, step_s = now_s() + within_s, SOON_S
     while not condition():
         if now_s() >= deadline_s:
             raise AssertionError(f"not within {within_s:g} s: {what or condition}")
         await asyncio.sleep(step_s)
+        step_s = min(1.02 * step_s, LATER_S)

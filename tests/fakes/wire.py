@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from tests.fakes.transfer import Transfer
 
 MIB = 1 << 20
+GOOD_BYTES_PER_S = 1024 * MIB
 
 
 class FakeWire:
     """One link between all hosts of a test."""
 
-    def __init__(self, bandwidth_bytes_per_s: int = 1024 * MIB) -> None:
+    def __init__(self, bandwidth_bytes_per_s: int = GOOD_BYTES_PER_S) -> None:
         self.bandwidth_bytes_per_s = bandwidth_bytes_per_s
         self.frozen = False
         self.swallows_ack = False

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -159,6 +159,8 @@ class Pair:
         self.daemons: dict[str, Daemon] = {}
         self.plans: dict[str, Plan] = dict.fromkeys(self.hosts, no_faults)
         self.calls: dict[str, list[str]] = {name: [] for name in self.hosts}
+        self.is_paused_guest = False
+        """The guest is not to run, here or there."""
         self._restorers: list[Callable[[], None]] = []
 
     # Life -------------------------------------------------------------------------------------
@@ -243,6 +245,10 @@ class Pair:
         holder = self.guest(name).running_on
         return None if holder is None else holder.host_name
 
+    def all_living(self, name: str = VM) -> list[FakeQemu]:
+        """Every QEMU of a VM that lives, on any host."""
+        return [q for host in self.hosts.values() for q in host.living(name)]
+
     # Migrations -------------------------------------------------------------------------------
 
     async def ask(
@@ -271,30 +277,34 @@ class Pair:
         """Until the migration is in one of these phases (or ends, which fails if unwanted)."""
 
         def there() -> bool:
-            view = self._seen(migration_id, on)
-            return view is not None and (view.phase in phases or view.is_terminal)
+            phase, is_over = self.stands(migration_id, on)
+            return is_over or phase in phases
 
         await until(there, within_s=within_s, what=f"{migration_id} on {on} in {phases}")
         view = self.view(migration_id, on)
         assert view.phase in phases, (view.phase, view.cause, view.refusals)
         return view
 
-    def _seen(self, migration_id: str, on: str) -> MigrationView | None:
+    def stands(self, migration_id: str, on: str = "alpha") -> tuple[str | None, bool]:
+        """(phase, is it over) as that host's daemon has it; (None, False) while it is down."""
         daemon = self.daemons.get(on)
-        if daemon is None or migration_id not in {m.id for m in daemon.service.migrations()[1]}:
-            return None
-        return daemon.service.migration(migration_id)
+        if daemon is None or daemon.gate.is_dead:
+            return None, False
+        migrations = daemon.engine.migrations
+        if migration_id in migrations.outgoing:
+            state = migrations.outgoing[migration_id].state
+            return state.phase.value, state.is_terminal
+        if migration_id in migrations.incoming:
+            i = migrations.incoming[migration_id]
+            return i.state.phase.value, i.is_over
+        return None, False
 
     async def until_over(
         self, migration_id: str, *, on: str = "alpha", within_s: float = 400.0
     ) -> MigrationView:
         """Until the migration has ended."""
-
-        def over() -> bool:
-            view = self._seen(migration_id, on)
-            return view is not None and view.is_terminal
-
-        await until(over, within_s=within_s, what=f"{migration_id} on {on} over")
+        is_over = lambda: self.stands(migration_id, on)[1]  # noqa: E731 - named for the message
+        await until(is_over, within_s=within_s, what=f"{migration_id} on {on} over")
         return self.view(migration_id, on)
 
     async def migrate(self, vm: str = VM, *, source: str = "alpha", **wanted: Any) -> MigrationView:
@@ -313,6 +323,7 @@ class Pair:
     async def migrates_again(self, vm: str = VM) -> None:
         """Wherever the guest is, it can be moved to the other host (I11), and back."""
         await self.settle(vm)
+        self.ground.calm()
         for _ in range(2):
             source = self.running_on(vm)
             assert source is not None, "the guest runs nowhere"
@@ -328,6 +339,3 @@ async def running_pair(**options: Any) -> AsyncIterator[Pair]:
     async with Pair(**options) as pair:
         await pair.boot()
         yield pair
-
-
-Script = Callable[[Pair], Awaitable[None]]

@@ -1,0 +1,249 @@
+"""One migration, run again and again; the n-th run is struck at the n-th call of a daemon.
+
+strike    one call, before or after its effect: an error, a time-out, or the daemon's death
+then      everything works; a daemon that died is started again at once
+the end   what the daemons say is compared with the ground truth, and the VM is moved again
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from migrd.core.phases import Phase
+from migrd.errors import MigrdError
+from tests.fakes.gate import Fault, errors_of
+from tests.fakes.road import Faults, Loss
+from tests.fakes.virtual_time import VirtualTimeLoop, until
+from tests.fakes.world import VM, Pair
+
+UNCOUNTED = frozenset({"peer.hello", "launcher.find", "launcher.versions"})
+"""Calls of the background that no migration depends on."""
+BROKEN = ("a step broke", "an event has no place", "a migration's task broke")
+"""What the engine logs when it has met something it has no rule for: always a defect."""
+STAYED = frozenset({Phase.ROLLED_BACK, Phase.CANCELLED, Phase.REFUSED})
+
+
+class Strike:
+    """The plan of one run: the n-th counted call of one daemon, from `arm` on."""
+
+    def __init__(self, number: int, name: str, fault: Fault) -> None:
+        self.number = number
+        self.name = name
+        self.fault = fault
+        self.is_armed = False
+        self.seen = 0
+        self.struck: str | None = None
+
+    def __call__(self, call: str, _: int) -> Fault | None:
+        if not self.is_armed or call in UNCOUNTED or self.struck is not None:
+            return None
+        self.seen += 1
+        if self.seen != self.number:
+            return None
+        self.struck = call
+        return self.fault
+
+
+@dataclass
+class Finished:
+    """What came of one run."""
+
+    phase: str | None
+    """None: the migration was not even accepted."""
+    cause: str | None
+
+
+Script = Callable[[Pair], Awaitable[str]]
+"""Asks for a migration and returns its id."""
+
+
+def run(script: Script, strikes: Mapping[str, Strike]) -> Finished:
+    """One struck run, checked against the ground truth."""
+    return _watched(lambda: _run(script, strikes, no_loss))
+
+
+def _watched(work: Callable[[], Coroutine[Any, Any, Finished]]) -> Finished:
+    """In a loop of its own; what the engine has no rule for fails the run."""
+    with (
+        structlog.testing.capture_logs() as logs,
+        asyncio.Runner(loop_factory=VirtualTimeLoop) as runner,
+    ):
+        finished = runner.run(work())
+    broken = [entry for entry in logs if entry["event"] in BROKEN]
+    assert not broken, _readable(broken)
+    return finished
+
+
+def _readable(entries: list[MutableMapping[str, Any]]) -> list[str]:
+    return [f"{e['event']}: {e.get('exc_info')!r} {e.get('phase', '')}" for e in entries]
+
+
+async def _run(script: Script, strikes: Mapping[str, Strike], losing: Faults) -> Finished:
+    pair = Pair()
+    pair.plans.update(strikes)
+    async with pair:
+        await pair.boot()
+        pair.road.faults = losing
+        for strike in strikes.values():
+            strike.is_armed = True
+        keeper = asyncio.create_task(_restart_whoever_died(pair))
+        try:
+            finished = await _to_the_end(pair, script)
+            for strike in strikes.values():
+                strike.is_armed = False
+            pair.road.heal()
+            await asyncio.sleep(0.1)  # who died at the very end is back
+        finally:
+            keeper.cancel()
+            await asyncio.wait([keeper])
+        await _check_truth(pair, finished)
+        await pair.migrates_again()
+    return finished
+
+
+async def _restart_whoever_died(pair: Pair) -> None:
+    while True:
+        deaths = [asyncio.create_task(d.gate.crashed.wait()) for d in pair.daemons.values()]
+        try:
+            await asyncio.wait(deaths, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in deaths:
+                task.cancel()
+        for name, daemon in list(pair.daemons.items()):
+            if daemon.gate.is_dead:
+                await pair.restart(name)
+
+
+async def _to_the_end(pair: Pair, script: Script) -> Finished:
+    try:
+        migration_id: str | None = await script(pair)
+    except (MigrdError, asyncio.CancelledError):
+        await asyncio.sleep(0.1)  # a daemon that died in the middle of the request is back
+        views = [v for v in pair.alpha.service.migrations()[1] if v.vm == VM]
+        migration_id = views[0].id if views else None
+    if migration_id is None:
+        return Finished(None, None)
+    view = await pair.until_over(migration_id)
+    cause = None if view.cause is None else f"{view.cause.code}: {view.cause.message}"
+    return Finished(view.phase, cause)
+
+
+async def _check_truth(pair: Pair, finished: Finished) -> None:
+    """The answer is the ground truth, on both hosts."""
+    await pair.settle()
+    runs_on, said = pair.running_on(), (finished.phase, finished.cause)
+    if pair.is_paused_guest:
+        await _check_paused(pair, finished)
+        return
+    if finished.phase == Phase.SUCCEEDED:
+        assert runs_on == "beta", said
+        assert not pair.hosts["alpha"].living(VM), said
+    else:
+        assert finished.phase is None or finished.phase in STAYED, said
+        assert runs_on == "alpha", said
+        gone = lambda: not pair.hosts["beta"].living(VM)  # noqa: E731 - named for the message
+        await until(gone, what=f"the copy on beta is discarded {said}")
+    pair.check_truth()
+
+
+async def _check_paused(pair: Pair, finished: Finished) -> None:
+    """A guest that was not to run has not run; there is one copy, and it runs when told to."""
+    assert [run.host for run in pair.guest().runs] == ["alpha"], "it ran"
+    there = "beta" if finished.phase == Phase.SUCCEEDED else "alpha"
+    await until(lambda: len(pair.all_living()) == 1, what="one copy is left")
+    qemu = pair.hosts[there].qemu(VM)
+    assert qemu.copy == pair.guest().version
+    qemu.cont()
+
+
+def strikes(call: str) -> Iterator[tuple[str, Fault]]:
+    """All that may happen to one call."""
+    yield "killed before", Fault(after_effect=False)
+    yield "killed after", Fault(after_effect=True)
+    for name, error, may_come_late in errors_of(call):
+        yield name, Fault(after_effect=False, error=error)
+        if may_come_late:
+            yield f"{name} after its effect", Fault(after_effect=True, error=error)
+
+
+def calls_of(script: Script, side: str) -> list[str]:
+    """The counted calls of a run without any strike."""
+    listed: list[str] = []
+
+    class Listing(Strike):
+        def __call__(self, call: str, number: int) -> Fault | None:
+            if self.is_armed and call not in UNCOUNTED:
+                listed.append(call)
+            return None
+
+    run(script, {side: Listing(0, "nothing", Fault(after_effect=False))})
+    return listed
+
+
+class BothStrikes:
+    """Both daemons killed, each after one of its calls."""
+
+    def __init__(self, numbers: Mapping[str, list[int]]) -> None:
+        self._numbers = numbers
+
+    def all(self) -> Iterator[dict[str, Strike]]:
+        for a, b in itertools.product(self._numbers["alpha"], self._numbers["beta"]):
+            killed = Fault(after_effect=True)
+            yield {"alpha": Strike(a, "killed", killed), "beta": Strike(b, "killed", killed)}
+
+
+# Messages -----------------------------------------------------------------------------------------
+
+
+def no_loss(caller: str, callee: str, call: str) -> Loss | None:
+    """The road on a good day."""
+    return None
+
+
+class Losing:
+    """The n-th message, of whoever to whomever."""
+
+    def __init__(self, number: int, loss: Loss | None) -> None:
+        self.number = number
+        self.loss = loss
+        self.seen = 0
+        self.struck: str | None = None
+
+    def __call__(self, caller: str, callee: str, call: str) -> Loss | None:
+        if call == "hello":
+            return None
+        self.seen += 1
+        if self.seen != self.number:
+            return None
+        self.struck = f"{caller} > {callee}: {call}"
+        return self.loss
+
+
+def messages_of(script: Script) -> int:
+    """How many messages a quiet run takes."""
+    counting = Losing(0, None)
+    _watched(lambda: _run(script, {}, counting))
+    return counting.seen
+
+
+def run_with_losses(
+    script: Script, number: int
+) -> Iterator[tuple[Finished | AssertionError, Loss, str | None]]:
+    """The n-th message, lost in every way."""
+    for loss in Loss:
+        losing = Losing(number, loss)
+        try:
+            finished: Finished | AssertionError = _lossy(script, losing)
+        except AssertionError as exc:
+            finished = exc
+        yield finished, loss, losing.struck
+
+
+def _lossy(script: Script, losing: Losing) -> Finished:
+    return _watched(lambda: _run(script, {}, losing))
