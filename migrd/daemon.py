@@ -54,11 +54,12 @@ DAY_S: Final = 86400.0
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT. Raises ConfigError, JournalError when it cannot start."""
     configure(settings.log)
+    notifier = Notifier()  # takes systemd's variables out of the environment, before any QEMU
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running(settings) as notifier:
+    async with running(settings, notifier):
         notifier.ready()
         log.info("ready", host=settings.host.name, version=migrd.__version__)
         await stop.wait()
@@ -67,7 +68,7 @@ async def serve(settings: Settings) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Notifier]:
+async def running(settings: Settings, notifier: Notifier) -> AsyncIterator[None]:
     """The whole daemon, ready inside."""
     async with contextlib.AsyncExitStack() as stack:
         await in_thread(_make_directories, settings)
@@ -81,9 +82,8 @@ async def running(settings: Settings) -> AsyncIterator[Notifier]:
         background.create_task(exposition.run(), name="metrics")
         await _listen_for_peers(settings, engine, background, stack)
         await _listen_for_clients(settings, engine, exposition, stack)
-        notifier = Notifier()
         background.create_task(notifier.feed_watchdog(probe.take_worst_s), name="watchdog")
-        yield notifier
+        yield
 
 
 def _make_directories(settings: Settings) -> None:

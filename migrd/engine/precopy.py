@@ -8,9 +8,9 @@ Who switches over: QEMU is given the downtime limit less the fixed cost and may 
 soon as its own figures fit; where ours fit and its do not (it takes the last 100 ms for its
 bandwidth, which is too low right after a pause or under a throttle), it is told our bandwidth.
 
-While the destination's migrd does not answer, QEMU is held in precopy by a downtime limit of zero.
-(A guest that writes nothing at all may still reach the switchover; it is then brought back at
-once, see `switchover`.)
+While the destination's migrd does not answer, QEMU is held in precopy by limits that leave no room
+for a single page. (A guest that hardly writes may still reach the switchover; it is then brought
+back at once, see `switchover`.)
 
 A restarted daemon begins this step again: it finds QEMU's migration going on and goes on steering.
 """
@@ -35,10 +35,11 @@ TICK_S: Final = 0.5
 """Without a round or a change of status the situation is looked at this often."""
 ASK_S: Final = 5.0
 """Long poll of the destination's side."""
-HOLD_S: Final = 0.0
-"""The downtime limit that keeps QEMU in precopy: nothing may be left but what fits no time."""
-HOLD_BYTES_PER_S: Final = 8 << 20
-"""Held rounds are slow: there is nothing to be won, and something is always left to send."""
+HOLD_S: Final = 0.001
+"""The downtime limit that keeps QEMU in precopy. Not zero: QEMU then takes its estimate for exact,
+and switches over when that is zero."""
+HOLD_BYTES_PER_S: Final = 256 << 10
+"""So that less than a page fits the limit: a guest that writes 64 pages a second is held."""
 LEAST_LIMIT_S: Final = 0.001
 AT_ONCE_S: Final = 2000.0
 """The largest downtime limit QEMU takes."""
