@@ -267,8 +267,7 @@ def _account(migration: Seen, code: Exit) -> list[tuple[str, Cell]]:
     blackout_s = migration.seconds("blackout")
     lines: list[tuple[str, Cell]] = []
     if blackout_s is not None:
-        allowed = "" if limit_s is None else f" (limit {span(limit_s)})"
-        lines.append(("blackout", f"{span(blackout_s)}{allowed}"))
+        lines.append(("blackout", _blackout(blackout_s, limit_s)))
     lines.append(("total", span(total_s(migration))))
     lines.append(("phases", phase_line(migration)))
     moved = progress.number("transferred_bytes")
@@ -279,6 +278,14 @@ def _account(migration: Seen, code: Exit) -> list[tuple[str, Cell]]:
     lines.append(("do now", Text(next_step(migration), "bold" if code is not Exit.OK else "")))
     lines.append(("migration", migration.text("id")))
     return lines
+
+
+def _blackout(blackout_s: float, limit_s: float | None) -> Text:
+    if limit_s is None:
+        return Text(span(blackout_s))
+    if blackout_s > limit_s:
+        return Text(f"{span(blackout_s)}, over the limit of {span(limit_s)}", "yellow")
+    return Text(f"{span(blackout_s)} (limit {span(limit_s)})")
 
 
 def limit_of(migration: Seen) -> float | None:
