@@ -1,6 +1,5 @@
 """deploy/setup, with a made-up machine around it: which commands there are decides what it does."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -61,7 +60,7 @@ class Machine:
         return [call.split()[-1] for call in calls]
 
     def set_up(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {"PATH": str(self.bin), "HOME": os.environ.get("HOME", "/")}
+        environment = {"PATH": str(self.bin), "HOME": str(self.bin), "TMPDIR": str(self.bin)}
         return subprocess.run(
             ["sh", str(self.checkout / "deploy" / "setup"), *arguments],
             env=environment,
