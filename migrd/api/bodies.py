@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn, TypeVar, cast
 
 from aiohttp import web
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, from_json
 
 from migrd.api.problems import Malformed, TooSlow, WrongMediaType
 from migrd.api.wire import WireModel
@@ -47,6 +47,10 @@ _UNITS: Final = (
     ("_s", "s"),
     ("_percent", "percent"),
 )
+MOST_SHOWN: Final = 100
+"""So many violations of one part are told; whoever sends more has another problem."""
+MOST_FIELDS: Final = 500
+"""Fields and items, in all: far more than any request has."""
 _SHOWN: Final = 80
 """So much of a wrong value is repeated in a message."""
 
@@ -100,16 +104,35 @@ def check_media_type(request: web.Request) -> None:
 
 
 def parse(model: type[M], body: bytes) -> M:
-    """The model in a JSON body. Raises Malformed, TooLarge (nesting), Violations."""
+    """The model in a JSON body. Raises Malformed, TooLarge (nesting, fields), Violations."""
+    if body.count(b",") >= MOST_FIELDS:  # some may be inside texts
+        _refuse_many_fields(body)
     try:
         parsed = model.model_validate_json(body)
     except ValidationError as error:
         found = error.errors(include_url=False)
         if found[0]["type"] == "json_invalid":
             _refuse_json(found[0])
-        raise Violations([_violation(model, item) for item in found]) from None
+        raise Violations([_violation(model, item) for item in found[:MOST_SHOWN]]) from None
     _refuse_repeated_keys(body)
     return parsed
+
+
+def _refuse_many_fields(body: bytes) -> None:
+    """Each wrong field costs pydantic microseconds during which nobody else gets a turn."""
+    try:
+        left: list[Any] = [from_json(body, allow_inf_nan=False)]
+    except ValueError:
+        return  # the model's own parser says what is wrong
+    fields = 0
+    while left:
+        value = left.pop()
+        if not isinstance(value, dict | list):
+            continue
+        fields += len(value)
+        if fields > MOST_FIELDS:
+            raise TooLarge(f"the body has more than {MOST_FIELDS} fields", code="too_many_fields")
+        left.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _refuse_json(item: ErrorDetails) -> NoReturn:
@@ -123,11 +146,11 @@ def _refuse_repeated_keys(body: bytes) -> None:
     """Called only for bodies whose depth pydantic's parser has already bounded."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        as_dict = dict(pairs)
-        if len(as_dict) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise Malformed(f"the key {twice[:_SHOWN]!r} is given twice", code="repeated_key")
+        as_dict: dict[str, object] = {}
+        for key, value in pairs:
+            if key in as_dict:
+                raise Malformed(f"the key {key[:_SHOWN]!r} is given twice", code="repeated_key")
+            as_dict[key] = value
         return as_dict
 
     json.loads(body, object_pairs_hook=unique)
@@ -146,8 +169,8 @@ def parse_strings(model: type[M], given: Sequence[tuple[str, str]], what: str) -
             model.model_validate_strings(values, strict=False) if given else _nothing_given(model)
         )
     except ValidationError as error:
-        found = [_violation(model, item) for item in error.errors(include_url=False)]
-        raise Violations([*repeated, *found]) from None
+        items = error.errors(include_url=False)[:MOST_SHOWN]
+        raise Violations([*repeated, *(_violation(model, item) for item in items)]) from None
     if repeated:
         raise Violations(repeated)
     return parsed

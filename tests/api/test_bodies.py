@@ -90,6 +90,27 @@ async def test_everything_that_is_wrong_is_said_at_once(api: Api) -> None:
     }
 
 
+async def test_a_flood_of_fields_is_refused_before_it_holds_everybody_up(tmp_path: Path) -> None:
+    body = json.dumps({f"k{number}": number for number in range(60_000)}).encode()
+    nested = b"[" + b",".join([b'{"a":1}'] * 100_000) + b"]"
+    items = b"[" + b"1," * 400_000 + b"1]"
+    async with running(tmp_path, limits=Limits(body_limit_bytes=1 << 20)) as api:
+        for flood in (body, nested, items):
+            (await api("POST", WHERE, content=flood)).problem(413, "too_many_fields")
+
+
+async def test_commas_in_a_text_are_no_fields(api: Api) -> None:
+    body = {"resolution": "destination_fenced", "evidence": "," * 1999}
+    got = await api("POST", "/v1/migrations/none:resolve", body)
+    got.problem(404, "unknown_migration")
+
+
+async def test_of_many_mistakes_a_hundred_are_told(api: Api) -> None:
+    body = {f"k{number}": number for number in range(400)}
+    problem = (await api("POST", WHERE, body)).problem(422, "invalid")
+    assert len(problem.violations) == 100
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [
