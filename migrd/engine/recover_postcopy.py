@@ -20,6 +20,8 @@ from migrd.errors import MigrdError, PeerError, VmmDied, VmmError
 TICK_S: Final = 0.5
 STALL_S: Final = 10.0
 RETRY_S: Final = 2.0
+SURE_S: Final = 10.0
+"""A destination that has answered for so long has looked at its QEMU meanwhile."""
 
 
 async def finish_postcopy(m: Outgoing) -> MigrationEvent | None:
@@ -84,7 +86,24 @@ async def _recover(m: Outgoing, *, paused: bool) -> None:
 
 
 async def _destination_complete(m: Outgoing) -> bool:
-    """Does the destination have all memory after all?"""
-    with contextlib.suppress(PeerError):
-        return (await m.peer.view(m.id)).transfer_completed
-    return False
+    """The source is dead: does the destination have all memory after all?
+
+    Asked until answered. It may not have looked at its own QEMU since: only answers over some time
+    say no.
+    """
+    since_s: float | None = None
+    while True:
+        now_s = m.world.clock.monotonic_s()
+        try:
+            view = await m.peer.view(m.id)
+        except PeerError as exc:
+            m.trouble("DestinationUnreachable", exc.message)
+            since_s = None
+        else:
+            m.settle("DestinationUnreachable")
+            since_s = now_s if since_s is None else since_s
+            if view.transfer_completed:
+                return True
+            if view.vmm_died or now_s - since_s > SURE_S:
+                return False
+        await asyncio.sleep(TICK_S)

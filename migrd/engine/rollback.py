@@ -26,6 +26,7 @@ CANCEL_S: Final = 2.0
 """So long a cancel may take to show before the connection is yanked."""
 YANK_S: Final = 3.0
 DISCARD_S: Final = 2.0
+DEATH_S: Final = 5.0
 LOOK_S: Final = 0.1
 RETRY_S: Final = 0.25
 
@@ -57,8 +58,11 @@ async def roll_back(m: Outgoing) -> MigrationEvent:
         return m.event(Trigger.OUTCOME_UNKNOWN, cause=cause)
 
 
-async def bring_back(m: Outgoing) -> MigrationEvent:
-    """Until the guest is as it was before the migration, seen; keeps trying."""
+async def bring_back(m: Outgoing, *, death_s: float | None = DEATH_S) -> MigrationEvent:
+    """Until the guest is as it was before the migration, seen; keeps trying.
+
+    `death_s`: for so long the destination is asked when the source has died. None: without end.
+    """
     while True:
         try:
             left = await _if_left_by_postcopy(m)
@@ -68,7 +72,7 @@ async def bring_back(m: Outgoing) -> MigrationEvent:
             await _see_it_run(m)
             break
         except VmmDied as exc:
-            return await _after_death(m, exc)
+            return await _after_death(m, exc, death_s)
         except (VmmError, PeerError) as exc:
             m.trouble("SourceUnclear", exc.message)
             await asyncio.sleep(RETRY_S)
@@ -164,17 +168,40 @@ async def _discard(m: Outgoing) -> None:
         m.log.warning("the destination was not told; it will ask", cause=str(exc))
 
 
-async def _after_death(m: Outgoing, exc: VmmDied) -> MigrationEvent:
-    """The source died while it was brought back: does the destination have all of the guest?"""
-    view: DestinationView | None = None
-    if m.state.cause is None or m.state.cause.code != "destination_refused":
-        with contextlib.suppress(PeerError):
-            view = await m.peer.view(m.id)
-    if view is not None and view.phase is DestinationPhase.LOADED:
+async def _after_death(m: Outgoing, exc: VmmDied, limit_s: float | None) -> MigrationEvent:
+    """The source died while it was brought back: does the destination have all of the guest?
+
+    No answer is no answer: the destination's may be the only copy left.
+    """
+    try:
+        async with asyncio.timeout(limit_s):
+            view = await _settled_there(m)
+    except TimeoutError:
+        text = f"{exc.message} while it was rolled back, and {m.peer.name} does not say what it has"
+        return m.event(Trigger.OUTCOME_UNKNOWN, cause=Cause(exc.code, text))
+    if view is not None and view.phase is not DestinationPhase.REFUSED:
         return m.event(Trigger.TRANSFER_COMPLETED, source_died=True)
-    await _discard(m)
     cause = Cause(exc.code, f"{exc.message} while the migration was being rolled back")
     return m.event(Trigger.GUEST_DIED, cause=cause)
+
+
+async def _settled_there(m: Outgoing) -> DestinationView | None:
+    """The destination's view once it is loaded, or refused; None: it never heard of us."""
+    generation = -1
+    while m.state.address is not None:  # else nothing was ever sent
+        try:
+            view = await m.peer.view(m.id, newer_than=generation, wait_s=DISCARD_S)
+        except PeerError as exc:
+            if exc.code == "not_found":
+                return None
+            m.trouble("DestinationUnreachable", exc.message)
+            await asyncio.sleep(RETRY_S)
+        else:
+            m.settle("DestinationUnreachable")
+            generation = view.generation
+            if view.phase not in (DestinationPhase.PREPARING, DestinationPhase.RECEIVING):
+                return view
+    return None
 
 
 def _why(m: Outgoing) -> str:

@@ -240,7 +240,7 @@ async def keep_asking(m: Outgoing) -> MigrationEvent:
     if m.state.granted:
         return await _ask_until_answered(m, died_is_unknown=False)
     if m.state.undoing:
-        return await bring_back(m)
+        return await bring_back(m, death_s=None)
     view = await _destination_loaded(m)
     is_refused = view.phase is DestinationPhase.REFUSED
     if m.vmm.is_dead:
@@ -248,7 +248,7 @@ async def keep_asking(m: Outgoing) -> MigrationEvent:
             return m.event(Trigger.GUEST_DIED, cause=m.state.cause)
         return m.event(Trigger.TRANSFER_COMPLETED, source_died=True)
     if is_refused or await _source_done(m, fresh=True) is not None:  # rule 4 of the handover
-        return await bring_back(m)
+        return await bring_back(m, death_s=None)
     return m.event(Trigger.TRANSFER_COMPLETED)
 
 

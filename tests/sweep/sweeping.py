@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 
 from migrd.core.phases import Phase
-from migrd.errors import MigrdError
+from migrd.errors import JournalError, MigrdError
 from tests.fakes.gate import Fault, errors_of
 from tests.fakes.road import Faults, Loss
 from tests.fakes.virtual_time import VirtualTimeLoop, until
@@ -50,6 +50,30 @@ class Strike:
         return self.fault
 
 
+class Limbo(Strike):
+    """A journal write whose record gets to the disk although it failed, as at a failing fsync.
+
+    The disk takes nothing more, and a few calls later the daemon dies: whatever it did meanwhile
+    has to fit both beliefs.
+    """
+
+    def __init__(self, number: int, lives_on: int) -> None:
+        full = JournalError("fsync failed", code="journal_io_error")
+        super().__init__(number, "limbo", Fault(after_effect=True, error=full))
+        self.lives_on = lives_on
+        self._full = Fault(after_effect=False, error=full)
+
+    def __call__(self, call: str, number: int) -> Fault | None:
+        if self.struck is None or not self.is_armed:
+            return super().__call__(call, number)
+        if self.lives_on < 0 or call in UNCOUNTED:
+            return None  # it has died, and its successor finds the disk mended
+        self.lives_on -= 1
+        if self.lives_on < 0:
+            return Fault(after_effect=False)
+        return self._full if call.startswith("journal.") else None
+
+
 @dataclass
 class Finished:
     """What came of one run."""
@@ -63,9 +87,12 @@ Script = Callable[[Pair], Awaitable[str]]
 """Asks for a migration and returns its id."""
 
 
-def run(script: Script, strikes: Mapping[str, Strike]) -> Finished:
-    """One struck run, checked against the ground truth."""
-    return _watched(lambda: _run(script, strikes, no_loss))
+def run(script: Script, strikes: Mapping[str, Strike], *, cut_off_s: float = 0.0) -> Finished:
+    """One struck run, checked against the ground truth.
+
+    `cut_off_s`: for so long the daemons do not reach each other after one was killed.
+    """
+    return _watched(lambda: _run(script, strikes, no_loss, cut_off_s))
 
 
 def _watched(work: Callable[[], Coroutine[Any, Any, Finished]]) -> Finished:
@@ -84,7 +111,9 @@ def _readable(entries: list[MutableMapping[str, Any]]) -> list[str]:
     return [f"{e['event']}: {e.get('exc_info')!r} {e.get('phase', '')}" for e in entries]
 
 
-async def _run(script: Script, strikes: Mapping[str, Strike], losing: Faults) -> Finished:
+async def _run(
+    script: Script, strikes: Mapping[str, Strike], losing: Faults, cut_off_s: float = 0.0
+) -> Finished:
     pair = Pair()
     pair.plans.update(strikes)
     async with pair:
@@ -92,7 +121,7 @@ async def _run(script: Script, strikes: Mapping[str, Strike], losing: Faults) ->
         pair.road.faults = losing
         for strike in strikes.values():
             strike.is_armed = True
-        keeper = asyncio.create_task(_restart_whoever_died(pair))
+        keeper = asyncio.create_task(_restart_whoever_died(pair, cut_off_s))
         try:
             finished = await _to_the_end(pair, script)
             for strike in strikes.values():
@@ -107,7 +136,8 @@ async def _run(script: Script, strikes: Mapping[str, Strike], losing: Faults) ->
     return finished
 
 
-async def _restart_whoever_died(pair: Pair) -> None:
+async def _restart_whoever_died(pair: Pair, cut_off_s: float) -> None:
+    loop = asyncio.get_running_loop()
     while True:
         deaths = [asyncio.create_task(d.gate.crashed.wait()) for d in pair.daemons.values()]
         try:
@@ -115,6 +145,9 @@ async def _restart_whoever_died(pair: Pair) -> None:
         finally:
             for task in deaths:
                 task.cancel()
+        if cut_off_s:
+            pair.road.part("alpha", "beta")
+            loop.call_later(cut_off_s, pair.road.heal)
         for name, daemon in list(pair.daemons.items()):
             if daemon.gate.is_dead:
                 await pair.restart(name)

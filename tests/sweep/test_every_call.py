@@ -11,10 +11,12 @@ from collections.abc import Iterator
 import pytest
 
 from migrd.core.phases import Phase
+from tests.fakes.gate import Fault
 from tests.sweep import scripts
 from tests.sweep.sweeping import (
     BothStrikes,
     Finished,
+    Limbo,
     Script,
     Strike,
     calls_of,
@@ -84,6 +86,43 @@ def test_both_daemons_killed_around_any_two_records_lose_nothing(script: Script)
         swept += all(strike.struck is not None for strike in pair.values())
     assert not failures, "\n".join(failures)
     assert swept >= 12, "the sweep did not sweep"
+
+
+@pytest.mark.parametrize("side", ["alpha", "beta"])
+@pytest.mark.parametrize("script", [scripts.plain, scripts.postcopy], ids=["plain", "postcopy"])
+def test_a_daemon_killed_and_then_cut_off_for_a_while_loses_nothing(
+    script: Script, side: str
+) -> None:
+    """Longer than the source waits for an answer to GRANT: the operator is called, and not needed
+    in the end."""
+    failures, swept = [], 0
+    for number, call in enumerate(calls_of(script, side), 1):
+        strike = Strike(number, "killed and cut off", Fault(after_effect=True))
+        try:
+            run(script, {side: strike}, cut_off_s=40.0)
+        except AssertionError as exc:
+            failures.append(f"{side}: call {number}, {call}: {exc}")
+        swept += strike.struck is not None
+    assert not failures, "\n".join(failures)
+    assert swept >= 9, "the sweep did not sweep"
+
+
+@pytest.mark.parametrize("side", ["alpha", "beta"])
+@pytest.mark.parametrize("script", [scripts.plain, scripts.postcopy], ids=["plain", "postcopy"])
+def test_a_record_that_is_durable_although_its_write_failed_is_safe(
+    script: Script, side: str
+) -> None:
+    failures, swept = [], 0
+    for number, call in enumerate(calls_of(script, side), 1):
+        for lives_on in (1, 3, 6, 20) if call.startswith("journal.app") else ():
+            limbo = Limbo(number, lives_on)
+            try:
+                run(script, {side: limbo})
+            except AssertionError as exc:
+                failures.append(f"{side}: call {number}, {call}, lives on {lives_on}: {exc}")
+            swept += limbo.lives_on < 0
+    assert not failures, "\n".join(failures)
+    assert swept >= 4, "the sweep did not sweep"
 
 
 @pytest.mark.parametrize(
