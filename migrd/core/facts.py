@@ -88,6 +88,8 @@ class Feature(StrEnum):
     TLS_AUTHZ = "tls_authz"
     YANK = "yank"
     OOB = "oob"
+    TCG_KEEPS_DIRTY_PAGES = "tcg_keeps_dirty_pages"
+    """Its dirty tracking of TCG guests is sound for RAM of any size (QEMU 9.0 on)."""
 
 
 REQUIRED_FEATURES = frozenset(
@@ -122,6 +124,8 @@ class VmFacts:
     """QOM ids of VFIO devices; not empty means: no postcopy."""
     blocked_reasons: tuple[str, ...] = ()
     """QEMU's own reasons not to migrate."""
+    may_lose_dirty_pages: bool = False
+    """A TCG guest in a QEMU whose dirty tracking is known to miss pages for RAM of this size."""
     pid: int | None = None
 
     @property

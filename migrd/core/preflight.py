@@ -123,6 +123,13 @@ def _of_source(request: Request, source: SourceFacts) -> Iterator[Refusal]:
         )
     for reason in vm.blocked_reasons:
         yield Refusal("qemu_blocks", f"QEMU says: {reason}", "unplug the device it names")
+    if vm.may_lose_dirty_pages:
+        yield Refusal(
+            "qemu_loses_dirty_pages",
+            f"QEMU {vm.qemu_version} loses dirty pages of a TCG guest whose RAM is a multiple of "
+            "64 pages: the guest would go on with old memory",
+            "launch it by a migrd profile, give it 8 KiB more RAM, or use QEMU 9.0 or newer",
+        )
     if source.spec.profile is None:
         yield Refusal(
             "no_launch_profile",

@@ -33,11 +33,12 @@ from migrd.core.facts import (
 from migrd.engine.ports import PortRange, TlsIdentity
 from migrd.errors import VmmDied, VmmError, VmmRefused, VmmTimedOut, VmmUnreachable
 from migrd.qemu import migration, samples
+from migrd.qemu.calls import CallObserver
 from migrd.qemu.feed import QemuFeed
 from migrd.qemu.monitor import Monitor
 from migrd.qemu.preparation import prepare, take_back
 from migrd.qemu.process import Attachment
-from migrd.qemu.qmp import DEFAULT_DEADLINE_S, CallObserver
+from migrd.qemu.qmp import DEFAULT_DEADLINE_S
 from migrd.qemu.schema import QmpSchema, read_schema
 from migrd.qemu.wire import Arguments, CommandRefused, NotSent, QmpEvent, json_object
 
@@ -80,6 +81,7 @@ class Machine:
         self._feeds: set[QemuFeed] = set()
         self._stopped_at_s: float | None = None
         self._resumed_at_s: float | None = None
+        self._shut_itself_down = False
 
     # Life
 
@@ -127,23 +129,27 @@ class Machine:
 
     async def facts(self) -> VmFacts:
         schema = await self.schema()
-        status, migrate, memory, *peripherals = await asyncio.gather(
+        status, migrate, memory, kvm, *peripherals = await asyncio.gather(
             self._ask("query-status"),
             self._ask("query-migrate"),
             self._ask("query-memory-size-summary"),
+            self._ask_kvm(),
             self._ask("qom-list", {"path": "/machine/peripheral"}),
             self._ask("qom-list", {"path": "/machine/peripheral-anon"}),
         )
+        memory_bytes = samples.read_memory_bytes(memory)
+        is_sound = Feature.TCG_KEEPS_DIRTY_PAGES in schema.features
         return VmFacts(
             vm=self._vm,
             run_state=RunState.of(json_object(status).get("status")),
             qemu_status=samples.read_status(migrate),
             qemu_version=samples.read_version(self.monitor.greeting),
             machine_type=self._machine_type,
-            memory_bytes=samples.read_memory_bytes(memory),
+            memory_bytes=memory_bytes,
             features=self._usable(schema.features),
             passthrough_devices=samples.read_passthrough(*peripherals),
             blocked_reasons=samples.read_blocked_reasons(migrate),
+            may_lose_dirty_pages=samples.loses_dirty_pages(kvm, memory_bytes, is_sound=is_sound),
             pid=self.pid,
         )
 
@@ -303,6 +309,12 @@ class Machine:
             await self._raise_if_dead(failure)
             raise
 
+    async def _ask_kvm(self) -> Any:
+        try:
+            return await self._ask("query-kvm")
+        except CommandRefused:
+            return {"enabled": False}  # built without KVM
+
     async def _ask_oob(self, command: str, arguments: Arguments | None = None) -> Any:
         has_lane = self.oob is not None and self.oob.is_connected and self.oob.has_oob
         lane = self.oob if self.oob is not None and has_lane else self.monitor
@@ -334,6 +346,8 @@ class Machine:
     def _take_event(self, event: QmpEvent) -> None:
         if event.name == "STOP":
             self._stopped_at_s = event.received_s
+        elif event.name == "SHUTDOWN" and event.data.get("guest") is True:
+            self._shut_itself_down = True
         elif event.name == "RESUME":
             self._resumed_at_s = event.received_s
         for feed in self._feeds:
@@ -351,4 +365,9 @@ class Machine:
         raise self._death()
 
     def _death(self) -> VmmDied:
+        if self._shut_itself_down:
+            return VmmDied(
+                f"the guest of {self._vm} shut itself down, and its QEMU ended (pid {self.pid})",
+                code="guest_shut_down",
+            )
         return VmmDied(f"QEMU of {self._vm} is dead (pid {self.pid})")

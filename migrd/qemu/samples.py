@@ -79,6 +79,17 @@ def read_memory_bytes(summary: object) -> int | None:
     return None if base is None else base + (_integer(fields.get("plugged-memory")) or 0)
 
 
+def loses_dirty_pages(kvm: object, memory_bytes: int | None, *, is_sound: bool) -> bool:
+    """Whether QEMU's dirty tracking is known to miss pages of this guest (see `profile`, traps).
+
+    `kvm` is the answer to query-kvm. Without KVM the guest runs by TCG; RAM whose size is a
+    multiple of 64 pages is synced the fast way, which QEMU before 9.0 gets wrong.
+    """
+    is_tcg = json_object(kvm).get("enabled") is False
+    is_fast = memory_bytes is not None and memory_bytes % (64 * 4096) == 0
+    return is_tcg and is_fast and not is_sound
+
+
 def read_passthrough(*peripherals: object) -> tuple[str, ...]:
     """QOM ids of VFIO devices (vfio-pci and its kin) among answers to `qom-list`."""
     rows = [json_object(row) for each in peripherals if isinstance(each, list) for row in each]

@@ -76,6 +76,8 @@ FEATURE_TESTS: Final[Mapping[Feature, Callable[[QmpSchema], bool]]] = MappingPro
         ),
         Feature.YANK: lambda schema: "yank" in schema.oob_commands,
         Feature.OOB: lambda schema: bool(schema.oob_commands),
+        # Nothing in the schema tells of the mended TLB flush itself; this came in the same release.
+        Feature.TCG_KEEPS_DIRTY_PAGES: _capability("mapped-ram"),
     }
 )
 

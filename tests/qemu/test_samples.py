@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,3 +108,23 @@ def test_versions_are_for_people() -> None:
     )
     assert samples.read_version({"version": {"qemu": qemu, "package": ""}}) == "10.0.2"
     assert samples.read_version({}) == "unknown"
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("kvm", "memory_bytes", "is_sound", "loses"),
+    [
+        ({"enabled": False, "present": True}, 64 * MIB, False, True),
+        ({"enabled": False, "present": True}, 64 * MIB + 8192, False, False),
+        ({"enabled": False, "present": True}, 64 * MIB, True, False),
+        ({"enabled": True, "present": True}, 64 * MIB, False, False),
+        ({"enabled": False}, None, False, False),
+        ("nonsense", 64 * MIB, False, False),
+    ],
+)
+def test_a_tcg_guest_whose_dirty_pages_an_old_qemu_would_lose_is_known(
+    kvm: object, memory_bytes: int | None, is_sound: bool, loses: bool
+) -> None:
+    assert samples.loses_dirty_pages(kvm, memory_bytes, is_sound=is_sound) is loses
