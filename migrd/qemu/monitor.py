@@ -26,7 +26,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from migrd.errors import VmmError
-from migrd.qemu.qmp import DEFAULT_DEADLINE_S, CallObserver, QmpConnection, connect_qmp
+from migrd.qemu.calls import CallObserver
+from migrd.qemu.qmp import DEFAULT_DEADLINE_S, QmpConnection, connect_qmp
 from migrd.qemu.wire import Arguments, NotSent, QmpEvent
 
 FIRST_RETRY_S = 0.05

@@ -9,9 +9,7 @@ Rules of the server (QEMU docs/interop/qmp-spec; seen on 7.2 and 10.0):
 - In-band commands run one after the other on QEMU's main loop: one that blocks (a device that
   saves its state, a socket that takes no byte) blocks them on *every* monitor of that QEMU.
 - `exec-oob` runs beside them, for the few commands that allow it (`yank`, `migrate-pause`,
-  `migrate-recover`). But a monitor with eight in-band commands waiting stops reading altogether,
-  and would not see the ninth line even if it were out of band. Hence the window: at most seven
-  in-band commands are under way, later ones wait here, where a time-out still means "never sent".
+  `migrate-recover`), as long as fewer than eight in-band ones wait: hence the window.
 
 Traps:
 - A reply may come after its call has timed out or was cancelled. It is dropped and counted.
@@ -26,7 +24,6 @@ import asyncio
 import logging
 import socket
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,43 +31,21 @@ from typing import Any
 import orjson
 
 from migrd.errors import VmmUnreachable
+from migrd.qemu.calls import CallObserver as CallObserver
+from migrd.qemu.calls import Calls
 from migrd.qemu.sockets import open_socket, send_with_fd
 from migrd.qemu.wire import (
     Arguments,
-    CommandRefused,
     MonitorBusy,
-    NotSent,
     QmpEvent,
-    ReplyLate,
     WireBroken,
     json_object,
-    lost_call,
 )
 
 LINE_LIMIT_BYTES = 8 * 1024 * 1024
-IN_BAND_WINDOW = 7
-WAITING_LIMIT = 64
 DEFAULT_DEADLINE_S = 2.0
 
 log = logging.getLogger(__name__)
-
-CallObserver = Callable[[str, str, float], None]
-"""command, outcome ("ok", "refused", "late", "lost", "not_sent"), seconds."""
-
-
-class _Call:
-    """One command from `execute` to its reply; outlives its time-out, to know a late reply."""
-
-    __slots__ = ("command", "future", "in_band", "started_s", "timer")
-
-    def __init__(
-        self, command: str, future: asyncio.Future[Any], in_band: bool, started_s: float
-    ) -> None:
-        self.command = command
-        self.future = future
-        self.in_band = in_band
-        self.started_s = started_s
-        self.timer: asyncio.TimerHandle | None = None
 
 
 class QmpConnection(asyncio.Protocol):
@@ -85,15 +60,10 @@ class QmpConnection(asyncio.Protocol):
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_event = on_event
-        self._observe = observe
+        self._calls = Calls(observe)
         self._line_limit_bytes = line_limit_bytes
         self._partial = bytearray()
-        self._calls: dict[int, _Call] = {}
-        self._last_id = 0
-        self._in_flight = 0
-        self._waiting: deque[tuple[int, bytes]] = deque()
         self._fd_lock = asyncio.Lock()
-        self._fd_under_way = False
         self._drained: asyncio.Future[None] | None = None
         self._is_buffering = False
         self._transport: asyncio.Transport | None = None
@@ -104,7 +74,6 @@ class QmpConnection(asyncio.Protocol):
         """Done when the connection has ended; the result is the reason, None at end of file."""
         self.greeting: dict[str, Any] = {}
         self.has_oob = False
-        self.late_replies = 0
         self.unknown_messages = 0
 
     # What callers do
@@ -121,7 +90,7 @@ class QmpConnection(asyncio.Protocol):
         Raises CommandRefused, NotSent, AnswerLost or ReplyLate (see migrd.qemu.wire for what each
         of them proves). Cancelling the caller leaves the command with QEMU: it may take effect.
         """
-        return await self._submit(command, arguments, deadline_s, True)
+        return await self._calls.submit(command, arguments, deadline_s, True)
 
     async def execute_oob(
         self,
@@ -132,32 +101,32 @@ class QmpConnection(asyncio.Protocol):
     ) -> Any:
         """As `execute`, beside all in-band commands. NotSent where the server offers no `oob`."""
         if not self.has_oob:
-            raise NotSent(f"{command} not sent: this monitor has no out-of-band lane")
-        return await self._submit(command, arguments, deadline_s, False)
+            raise self._calls.not_sent(command, "this monitor has no out-of-band lane")
+        return await self._calls.submit(command, arguments, deadline_s, False)
 
     async def send_fd(self, name: str, fd: int, *, deadline_s: float = DEFAULT_DEADLINE_S) -> None:
         """Hand a duplicate of `fd` to QEMU under `name` (`getfd`); the caller keeps its own.
 
         Raises as `execute` does.
         """
-        started_s = time.monotonic()
         try:
             async with asyncio.timeout(deadline_s), self._fd_lock:
-                self._fd_under_way = True
+                self._calls.hold()
                 try:
-                    future = await self._send_with_fd({"fdname": name}, fd, deadline_s)
+                    call_id = await self._send_with_fd({"fdname": name}, fd)
+                    future = self._calls.expect(call_id, "getfd", deadline_s)
                 finally:
-                    self._fd_under_way = False
-                    self._send_waiting()
+                    self._calls.release()
         except TimeoutError:
-            self._note("getfd", "not_sent", started_s)
-            raise NotSent(f"getfd not sent within {deadline_s} s: QEMU reads nothing") from None
+            why = f"QEMU has read nothing for {deadline_s} s"
+            raise self._calls.not_sent("getfd", why) from None
         await future
 
     def close(self, reason: Exception | None = None) -> None:
         """End the connection now; calls under way end with AnswerLost. `closed` follows."""
         if self._failure is None:
             self._failure = reason
+        self._calls.write = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -175,96 +144,27 @@ class QmpConnection(asyncio.Protocol):
     @property
     def unanswered(self) -> int:
         """Commands sent and not answered, given-up ones included: > 0 for long means blocked."""
-        return len(self._calls) - len(self._waiting)
+        return self._calls.unanswered
 
-    # Sending
+    @property
+    def late_replies(self) -> int:
+        """Replies that came when nobody waited for them any more."""
+        return self._calls.late_replies
 
-    def _submit(
-        self, command: str, arguments: Arguments | None, deadline_s: float, in_band: bool
-    ) -> asyncio.Future[Any]:
-        transport = self._transport
-        if transport is None or self.closed.done() or transport.is_closing():
-            self._note(command, "not_sent", time.monotonic())
-            raise NotSent(f"{command} not sent: the connection is closed")
-        self._last_id = call_id = self._last_id + 1
-        message: dict[str, object] = {
-            ("execute" if in_band else "exec-oob"): command,
-            "id": call_id,
-        }
-        if arguments:
-            message["arguments"] = arguments
-        payload = orjson.dumps(message, option=orjson.OPT_APPEND_NEWLINE)
-        if (in_band and self._in_flight >= IN_BAND_WINDOW) or self._fd_under_way:
-            if len(self._waiting) >= WAITING_LIMIT:
-                self._note(command, "not_sent", time.monotonic())
-                raise NotSent(f"{command} not sent: {WAITING_LIMIT} commands wait already")
-            self._waiting.append((call_id, payload))
-        else:
-            if in_band:
-                self._in_flight += 1
-            transport.write(payload)
-        return self._expect(call_id, command, deadline_s, in_band)
+    # Sending a descriptor
 
-    def _expect(
-        self, call_id: int, command: str, deadline_s: float, in_band: bool
-    ) -> asyncio.Future[Any]:
-        call = _Call(command, self._loop.create_future(), in_band, time.monotonic())
-        call.timer = self._loop.call_later(deadline_s, self._expire, call_id, deadline_s)
-        self._calls[call_id] = call
-        return call.future
-
-    def _send_waiting(self) -> None:
-        """Send what was held back, oldest first, as far as the window allows."""
-        while self._waiting and not self._fd_under_way and self._transport is not None:
-            call_id, payload = self._waiting[0]
-            call = self._calls[call_id]
-            if call.in_band and self._in_flight >= IN_BAND_WINDOW:
-                return
-            self._waiting.popleft()
-            if call.future.cancelled():  # its caller has left, and it was never sent
-                self._drop(call_id, call)
-                continue
-            self._in_flight += call.in_band
-            self._transport.write(payload)
-
-    def _expire(self, call_id: int, deadline_s: float) -> None:
-        call = self._calls[call_id]
-        for position, (waiting_id, _) in enumerate(self._waiting):
-            if waiting_id == call_id:
-                del self._waiting[position]
-                self._drop(call_id, call)
-                self._note(call.command, "not_sent", call.started_s)
-                if not call.future.done():
-                    text = f"{call.command} not sent within {deadline_s} s: QEMU answers nothing"
-                    call.future.set_exception(NotSent(text))
-                return
-        if not call.future.done():
-            self._note(call.command, "late", call.started_s)
-            text = f"no reply to {call.command} within {deadline_s} s; it may still take effect"
-            call.future.set_exception(ReplyLate(text))
-
-    def _drop(self, call_id: int, call: _Call) -> None:
-        del self._calls[call_id]
-        if call.timer is not None:
-            call.timer.cancel()
-
-    async def _send_with_fd(
-        self, arguments: Arguments, fd: int, deadline_s: float
-    ) -> asyncio.Future[Any]:
+    async def _send_with_fd(self, arguments: Arguments, fd: int) -> int:
         while self._is_buffering:
             self._drained = self._loop.create_future()
             await self._drained
         transport = self._transport
         if transport is None or transport.is_closing():
-            raise NotSent("getfd not sent: the connection is closed")
-        self._last_id = call_id = self._last_id + 1
-        message = {"execute": "getfd", "id": call_id, "arguments": arguments}
-        payload = orjson.dumps(message, option=orjson.OPT_APPEND_NEWLINE)
+            raise self._calls.not_sent("getfd", "the connection is closed")
+        call_id, payload = self._calls.encode("execute", "getfd", arguments)
         sent = await send_with_fd(self._socket, payload, fd)
         if sent < len(payload):
             transport.write(payload[sent:])
-        self._in_flight += 1
-        return self._expect(call_id, "getfd", deadline_s, True)
+        return call_id
 
     # Receiving (called by the event loop)
 
@@ -272,6 +172,7 @@ class QmpConnection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         transport.set_write_buffer_limits(high=0)  # pause_writing tells of the first byte buffered
         self._transport = transport
+        self._calls.write = transport.write
 
     def pause_writing(self) -> None:
         self._is_buffering = True
@@ -311,32 +212,12 @@ class QmpConnection(asyncio.Protocol):
         elif "event" in message:
             self._receive_event(message)
         elif "return" in message or "error" in message:
-            self._receive_reply(message)
+            if not self._calls.answer(message):
+                self._receive_unknown("a reply to no command of ours")
         elif "QMP" in message and not self._greeting.done():
             self._greeting.set_result(message["QMP"])
         else:
             self._receive_unknown("keys " + ", ".join(sorted(message)[:5]))
-
-    def _receive_reply(self, message: dict[str, Any]) -> None:
-        call_id = message.get("id")
-        call = self._calls.pop(call_id, None) if type(call_id) is int else None
-        if call is None:
-            self._receive_unknown("a reply to no command of ours")
-            return
-        if call.timer is not None:
-            call.timer.cancel()
-        if call.in_band:
-            self._in_flight -= 1
-            if self._waiting:
-                self._send_waiting()
-        if call.future.done():  # timed out or cancelled long ago
-            self.late_replies += 1
-        elif "return" in message:
-            call.future.set_result(message["return"])
-            self._note(call.command, "ok", call.started_s)
-        else:
-            call.future.set_exception(CommandRefused.of(call.command, message["error"]))
-            self._note(call.command, "refused", call.started_s)
 
     def _receive_event(self, message: dict[str, Any]) -> None:
         event = QmpEvent.of(message, time.monotonic())
@@ -353,26 +234,12 @@ class QmpConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         failure = self._failure or exc
-        never_sent = {call_id for call_id, _ in self._waiting}
-        self._waiting.clear()
-        calls, self._calls = self._calls, {}
-        for call_id, call in calls.items():
-            if call.timer is not None:
-                call.timer.cancel()
-            if call.future.done():
-                continue
-            outcome = "not_sent" if call_id in never_sent else "lost"
-            self._note(call.command, outcome, call.started_s)
-            call.future.set_exception(lost_call(call.command, outcome, failure))
+        self._calls.end(failure)
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
         if not self._greeting.done():
             self._greeting.set_exception(failure or WireBroken("closed before the greeting"))
         self.closed.set_result(failure)
-
-    def _note(self, command: str, outcome: str, started_s: float) -> None:
-        if self._observe is not None:
-            self._observe(command, outcome, time.monotonic() - started_s)
 
     # Opening
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from migrd.errors import VmmRefused, VmmTimedOut, VmmUnreachable
-from migrd.qemu.qmp import IN_BAND_WINDOW, WAITING_LIMIT, QmpConnection, connect_qmp
+from migrd.qemu.calls import IN_BAND_WINDOW, WAITING_LIMIT
+from migrd.qemu.qmp import QmpConnection, connect_qmp
 from migrd.qemu.wire import (
     AnswerLost,
     CommandRefused,
@@ -404,7 +405,7 @@ async def test_a_descriptor_that_cannot_be_sent_in_time_was_certainly_not_sent(
         async with connected(path) as qmp:
             stuffing = asyncio.create_task(qmp.execute("echo", {"text": "x" * 2_000_000}))
             await asyncio.sleep(0)
-            with pytest.raises(NotSent, match="reads nothing"):
+            with pytest.raises(NotSent, match="has read nothing"):
                 await qmp.send_fd("never", 0, deadline_s=0.05)
             stuffing.cancel()
         release.set()
