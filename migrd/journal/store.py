@@ -5,10 +5,12 @@ takes all writes that have queued up and makes one transaction of them, each ins
 its own: one fsync, and one caller's Conflict is not the others'.
 
 After a COMMIT that failed nobody knows what reached the disk: after a crash SQLite might find the
-transaction whole, though its caller was told that nothing was written. So before anything else is
-written the log is emptied (`wal_checkpoint(TRUNCATE)`), and until that succeeds every write fails.
+transaction whole, though its caller was told that nothing was written. So the log is emptied at
+once (`wal_checkpoint(TRUNCATE)`), or, where the disk refuses that too, before the next write. Until
+it succeeds every write fails, so that no step can have been taken on top of the one in doubt.
 """
 
+import contextlib
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +91,8 @@ class Store:
                     self.commit([write])
                 return
             writes[0].error = as_journal_error(self._path, failure)
+            with contextlib.suppress(sqlite3.Error):
+                self._clear_suspicion()
         for write in writes:
             write.is_settled = True
 

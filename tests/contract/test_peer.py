@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
+from migrd.core.facts import TransferAddress, VmSpec
 from migrd.core.handover import DestinationPhase
 from migrd.engine.ports import DestinationView, HostProfile, SourceView
 from migrd.errors import (
@@ -30,10 +30,8 @@ from migrd.peer.client import connect_peer
 from tests.fakes.peer import FakePeerService
 from tests.fakes.road import Door, Loss, Road, RoadPeer
 from tests.lab.freezing_proxy import FreezingProxy, freezing_proxy
-from tests.peer.fleet import Fleet, host
+from tests.peer.fleet import SETTINGS, VM, Fleet, host
 
-VM = VmSpec("web-1", "small", {"memory_mib": 64, "net": True, "disk": "a.img"})
-SETTINGS = TransferSettings(0.25, 10_000_000, multifd_channels=4, postcopy=True, peer_name="host-a")
 PATIENCE_S = 0.5
 
 

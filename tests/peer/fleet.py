@@ -4,12 +4,18 @@ import contextlib
 import datetime
 from collections.abc import AsyncIterator, Container
 from pathlib import Path
+from typing import Any
 
 import trustme
 
+from migrd.core.facts import TransferSettings, VmSpec
 from migrd.engine.peer_service import PeerService
+from migrd.peer.client import HttpPeer
 from migrd.peer.server import PeerListener, serve_peers
 from migrd.peer.tls import PeerTls, TlsFiles
+
+VM = VmSpec("web-1", "small", {"memory_mib": 64, "net": True, "disk": "a.img"})
+SETTINGS = TransferSettings(0.25, 10_000_000, multifd_channels=4, postcopy=True, peer_name="host-a")
 
 
 class Fleet:
@@ -45,6 +51,17 @@ class Fleet:
 
     async def tls(self, name: str) -> PeerTls:
         return await PeerTls.load(self.issue(name), name)
+
+
+@contextlib.asynccontextmanager
+async def peer_at(url_or_port: str | int, tls: PeerTls, **more: Any) -> AsyncIterator[HttpPeer]:
+    """host-b as a peer that is not kept warm: the test decides when it speaks."""
+    url = f"https://127.0.0.1:{url_or_port}" if isinstance(url_or_port, int) else url_or_port
+    peer = HttpPeer("host-b", url, tls, **more)
+    try:
+        yield peer
+    finally:
+        await peer.close()
 
 
 @contextlib.asynccontextmanager

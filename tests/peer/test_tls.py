@@ -21,11 +21,6 @@ _YESTERDAY = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
 _SOON = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=3)
 
 
-@pytest.fixture
-def fleet(tmp_path: Path) -> Fleet:
-    return Fleet(tmp_path / "pki")
-
-
 async def _refusal(files: TlsFiles, host: str = "host-a") -> str:
     with pytest.raises(ConfigError) as refused:
         await PeerTls.load(files, host)
