@@ -25,7 +25,6 @@ from typing import Final
 
 from migrd.errors import VmmUnreachable
 from migrd.qemu.process import Life, ProcessIdentity, identify_listener, look_up
-from migrd.qemu.wire import MonitorBusy
 
 VM_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 IN_BAND: Final = ".qmp"
@@ -99,8 +98,6 @@ class AdoptDirectory:
         qmp_path, oob_path = self.path / f"{vm}{IN_BAND}", self.path / f"{vm}{OOB}"
         try:
             identity = identify_listener(qmp_path)
-        except MonitorBusy:
-            identity = None  # it lives, and serves others
         except VmmUnreachable as failure:
             self._tell(f"{failure.message}; not adopted")
             return None

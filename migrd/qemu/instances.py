@@ -33,7 +33,7 @@ from typing import Final, Self
 
 from migrd.core.facts import VmSpec
 from migrd.errors import VmmUnreachable
-from migrd.qemu.process import Life, ProcessIdentity, identify, listener_pid, look_up
+from migrd.qemu.process import Life, ProcessIdentity, identify_listener, look_up
 
 SUN_PATH_BYTES: Final = 107
 """Longest path of a unix socket (unix(7): 108 with the closing null)."""
@@ -239,7 +239,6 @@ def identity_by_socket(instance: Instance) -> ProcessIdentity | None:
     """For a launch that was cut off before its process was noted. The sockets are QEMU's own
     work, in a directory that only we may enter: who listens there is the QEMU."""
     try:
-        pid = listener_pid(instance.oob_path)
+        return identify_listener(instance.oob_path)
     except VmmUnreachable:
         return None
-    return identify(pid) if pid is not None else None

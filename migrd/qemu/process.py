@@ -38,10 +38,13 @@ from typing import Any, Self
 
 from migrd.errors import VmmRefused
 from migrd.qemu.sockets import open_socket
+from migrd.qemu.wire import MonitorBusy
 
 _STATE, _START_TIME = 0, 19
 """Fields 3 and 22 of /proc/<pid>/stat (proc(5)), counted from behind the command's name."""
 _UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_SO_ACCEPTCON = 0x10000
+"""Flag of a listening socket in /proc/net/unix (include/linux/net.h: __SO_ACCEPTCON)."""
 
 
 class Life(Enum):
@@ -192,13 +195,43 @@ def listener_pid(path: Path) -> int | None:
 def identify_listener(path: Path) -> ProcessIdentity | None:
     """The QEMU behind a monitor made by others; None when it cannot be told (see above).
 
-    Raises VmmUnreachable, MonitorBusy as `listener_pid`.
+    Raises VmmUnreachable when nobody listens.
     """
-    pid = listener_pid(path)
+    try:
+        pid = listener_pid(path)
+    except MonitorBusy:  # others fill its queue, perhaps ourselves before a restart
+        pid = _holder_pid(path)
     identity = identify(pid) if pid is not None else None
     if identity is None or not _names_socket(identity.pid, path):
         return None
     return identity if look_up_life(identity) is Life.ALIVE else None
+
+
+def _holder_pid(path: Path) -> int | None:
+    """Pid of the one process that names this socket and has it open; looks at all processes."""
+    holders = []
+    sockets = {f"socket:[{inode}]" for inode in _listening_inodes(path)}
+    for entry in Path("/proc").iterdir():
+        if sockets and entry.name.isdigit() and _names_socket(int(entry.name), path):
+            try:
+                links = {os.readlink(fd) for fd in (entry / "fd").iterdir()}
+            except OSError:
+                continue  # it has ended, or is not ours to look into
+            if links & sockets:
+                holders.append(int(entry.name))
+    return holders[0] if len(holders) == 1 else None
+
+
+def _listening_inodes(path: Path) -> set[str]:
+    """Of the sockets that listen under this path, or where it leads to (/proc/net/unix)."""
+    names = {os.fspath(path), os.path.realpath(path)}
+    found = set()
+    with open("/proc/net/unix", errors="replace") as table:
+        for line in table:
+            words = line.rstrip("\n").split(None, 7)
+            if len(words) == 8 and words[7] in names and int(words[3], 16) & _SO_ACCEPTCON:
+                found.add(words[6])
+    return found
 
 
 def look_up_life(identity: ProcessIdentity) -> Life:

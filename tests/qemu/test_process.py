@@ -32,6 +32,8 @@ from migrd.qemu.process import (
     look_up,
     look_up_life,
 )
+from migrd.qemu.sockets import open_socket
+from migrd.qemu.wire import MonitorBusy
 
 LISTEN = """
 import socket, sys, time
@@ -289,3 +291,17 @@ def test_who_made_a_socket_for_others_is_not_taken_for_the_qemu(short_tmp_path: 
         plain.listen(1)  # this process listens, and its command line does not name the socket
         assert listener_pid(path) == os.getpid()
         assert identify_listener(path) is None
+
+
+def test_a_listener_whose_queue_is_full_is_found_by_what_it_has_open(short_tmp_path: Path) -> None:
+    path = short_tmp_path / "vm.qmp"
+    with listening(path) as made, contextlib.ExitStack() as others:
+        with contextlib.suppress(MonitorBusy):
+            for _ in range(5):
+                others.enter_context(open_socket(path))
+        with pytest.raises(MonitorBusy):
+            listener_pid(path)
+        assert identify_listener(path) == named(made.pid)
+        link = short_tmp_path / "link.qmp"
+        link.symlink_to(path)
+        assert identify_listener(link) == named(made.pid)
