@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import structlog
 from click.testing import CliRunner, Result
 
 from migrd.cli.main import build
-from tests.cli.scripted import Daemon
+from tests.cli.scripted_daemon import Daemon
 
 PROGRAM = [sys.executable, "-c", "from migrd.cli.main import build; build()(prog_name='migrd')"]
 
@@ -84,3 +85,26 @@ def lines_of(program: subprocess.Popen[str]) -> Iterator[str]:
     """What the program prints, as it comes; leaving the loop does not close the pipe."""
     assert program.stdout is not None
     return iter(program.stdout.readline, "")
+
+
+def migration_to(run: Run, destination: str, *more: str) -> str:
+    """Ask for a migration of web1; its id."""
+    result = run("migrate", "web1", destination, *more)
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip()
+
+
+def ended(run: Run, destination: str, vm: str = "web1") -> str:
+    """A migration that has ended; its id."""
+    result = run("migrate", vm, destination, "--watch", "-o", "json")
+    return str(parsed(result)["id"])
+
+
+def until(condition: Callable[[], Any], within_s: float = 10.0) -> Any:
+    """Wait for a condition, with a deadline."""
+    deadline_s = time.monotonic() + within_s
+    while time.monotonic() < deadline_s:
+        if outcome := condition():
+            return outcome
+        time.sleep(0.02)
+    raise AssertionError("it never came to that")

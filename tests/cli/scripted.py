@@ -1,48 +1,35 @@
-"""A daemon with the real HTTP interface over a scripted engine, for trying the command line.
+"""An engine that follows a script, for trying the command line.
 
-The engine's place is taken by `Scripted`: its migrations run through the real phase table
-(`core.migration.advance`) and the real estimate (`core.convergence.decide`), on figures from a
-small model of a guest that dirties memory. The name of the destination says how the story ends:
+It stands in for migrd's own behind the real HTTP interface (`scripted_daemon`). Its migrations run
+through the real phase table (`core.migration.advance`) and the real estimate
+(`core.convergence.decide`), on figures from a small model of a guest that dirties memory. The name
+of the destination says how the story ends:
 
     host-b          succeeds            host-refuses    refused by preflight
     host-never      does not converge   host-fails      rolled back
     host-lost       the guest is lost   host-unknown    needs an operator
     host-odd        succeeds; every text it sends tries to steer the terminal
-
-`python -m tests.cli.scripted SOCKET` serves one; SIGUSR1 takes the listener away for a second.
 """
 
 import asyncio
 import itertools
-import signal
-import sys
-import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Final
 
-from aiohttp import web
-
-from migrd.api.app import build_app
-from migrd.core.convergence import Decision, Situation, Verdict, decide, estimate
+from migrd.core.convergence import Decision, Situation, Verdict, decide
 from migrd.core.facts import (
-    Feature,
-    QemuStatus,
     Round,
-    RunState,
     TransferAddress,
-    VmFacts,
     VmSpec,
 )
 from migrd.core.migration import (
     Admission,
     Cause,
     MigrationEvent,
-    MigrationState,
     Mode,
     Policy,
     Refusal,
@@ -59,21 +46,14 @@ from migrd.engine.service import (
     Check,
     HostView,
     MigrationView,
-    PeerView,
     PlanView,
-    Progress,
     Published,
     Resolution,
-    Role,
-    TimelineEntry,
     VmView,
-    Whereabouts,
 )
 from migrd.errors import Conflict, Invalid, NotFound
+from tests.cli.scripted_view import MIB, ODD, Running, host_of, refusals_of, view_of, vm_of
 
-MIB: Final = 2**20
-ODD: Final = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202egnp\nsecond line [bold red]markup[/] é日本"
-"""Clears the screen, sets the title, speaks C1, turns text around, breaks the line, is markup."""
 DESTINATIONS: Final = (
     "host-b",
     "host-never",
@@ -83,22 +63,6 @@ DESTINATIONS: Final = (
     "host-unknown",
     "host-odd",
 )
-
-
-@dataclass
-class Running:
-    """One migration and what the guest's memory does."""
-
-    state: MigrationState
-    started_s: float
-    rounds: list[Round] = field(default_factory=list)
-    decisions: list[Decision] = field(default_factory=list)
-    throttle_percent: int = 0
-    remaining_bytes: int = 0
-    sent_bytes: int = 0
-    generation: int = 1
-    version: int = 1
-    task: asyncio.Task[None] | None = None
 
 
 class Scripted:
@@ -123,50 +87,13 @@ class Scripted:
             self.vms_by_name[name] = self._vm(VmSpec(name, "standard", {"memory_mib": 4096}))
 
     def _vm(self, spec: VmSpec, state: str = "running") -> VmView:
-        facts = VmFacts(
-            vm=spec.name,
-            run_state=RunState.RUNNING,
-            qemu_status=QemuStatus.NONE,
-            qemu_version="10.0.2",
-            machine_type="pc-q35-10.0",
-            memory_bytes=self.memory_bytes,
-            features=frozenset(Feature),
-        )
-        return VmView(
-            name=spec.name,
-            resource_version=self.version,
-            spec=spec,
-            managed=True,
-            state=state,
-            facts=facts if state == "running" else None,
-            facts_age_s=0.2 if state == "running" else None,
-            epoch=1,
-            pid=4711 if state == "running" else None,
-        )
+        return vm_of(spec, state, version=self.version, memory_bytes=self.memory_bytes)
 
     # what clients look at
 
     def host(self) -> HostView:
-        return HostView(
-            name="host-a",
-            migrd_version="0.1.0",
-            boot_wall_s=time.time() - 86_400,
-            qemu_binaries={"standard": "10.0.2", "small": None},
-            profiles=("small", "standard"),
-            outgoing_slots=4,
-            outgoing_active=sum(not r.state.is_terminal for r in self.migrations_by_id.values()),
-            incoming_slots=4,
-            incoming_active=0,
-            memory_available_bytes=51_539_607_552,
-            all_iommus_track_dirty=None,
-            tls=True,
-            vms=len(self.vms_by_name),
-            peers=(
-                PeerView("host-b", "https://192.0.2.2:7443", True, time.time() - 3, None, "0.1.0"),
-                PeerView("host-c", "https://192.0.2.3:7443", False, time.time() - 64, ODD),
-                PeerView("host-d", "https://192.0.2.4:7443", None, None, None),
-            ),
-        )
+        active = sum(not r.state.is_terminal for r in self.migrations_by_id.values())
+        return host_of(outgoing_active=active, vms=len(self.vms_by_name))
 
     def readiness(self) -> Sequence[Check]:
         return [Check("journal", self.ready, "writes" if self.ready else "the disk is full")]
@@ -204,7 +131,7 @@ class Scripted:
 
     async def plan(self, request: Request) -> PlanView:
         self.vm(request.vm)
-        refusals = _refusals(request.destination)
+        refusals = refusals_of(request.destination)
         return PlanView(
             vm=request.vm,
             destination=request.destination,
@@ -248,7 +175,7 @@ class Scripted:
         return self.version, [self.migration(id_) for id_ in newest_first]
 
     def migration(self, migration_id: str) -> MigrationView:
-        return _view(self._running(migration_id))
+        return view_of(self._running(migration_id))
 
     def _running(self, migration_id: str) -> Running:
         if migration_id not in self.migrations_by_id:
@@ -353,7 +280,7 @@ class Scripted:
         request = running.state.request
         await self._advance(running, Trigger.STARTED)
         await self._nap(0.2)
-        if refusals := _refusals(request.destination):
+        if refusals := refusals_of(request.destination):
             await self._advance(running, Trigger.PREFLIGHT_REFUSED, refusals=refusals)
             return
         await self._advance(running, Trigger.PREFLIGHT_PASSED, run_guest=True)
@@ -455,171 +382,3 @@ class Scripted:
         await self._advance(running, Trigger.DESTINATION_RAN, resumed_at_s=time.monotonic())
         await self._nap(0.02)
         await self._advance(running, Trigger.SOURCE_RELEASED)
-
-
-def _refusals(destination: str) -> tuple[Refusal, ...]:
-    if destination != "host-refuses":
-        return ()
-    return (
-        Refusal("no_memory", "host-refuses has 1.0 GiB free, 4.0 GiB are needed", "stop a VM"),
-        Refusal("no_profile", "host-refuses has no launch profile standard", ""),
-    )
-
-
-def _whereabouts(state: MigrationState) -> Whereabouts:
-    match state.phase:
-        case Phase.COMPLETING | Phase.SUCCEEDED:
-            return Whereabouts.DESTINATION
-        case Phase.SWITCHOVER | Phase.GRANTED:
-            return Whereabouts.MOVING
-        case Phase.GUEST_LOST:
-            return Whereabouts.NOWHERE
-        case Phase.NEEDS_OPERATOR:
-            return Whereabouts.UNKNOWN
-        case _:
-            return Whereabouts.SOURCE
-
-
-def _view(running: Running) -> MigrationView:
-    state, now_s = running.state, time.monotonic()
-    entered = [entry.monotonic_s for entry in state.timeline]
-    left: list[float | None] = [*entered[1:], None]
-    request = state.request
-    odd = request.destination == "host-odd"
-    return MigrationView(
-        id=state.id,
-        role=Role.SOURCE,
-        vm=request.vm,
-        source="host-a",
-        destination=request.destination,
-        phase=state.phase.value,
-        generation=running.generation,
-        resource_version=running.version,
-        is_terminal=state.is_terminal,
-        guest_runs_on=_whereabouts(state),
-        epoch=state.epoch,
-        created_wall_s=state.timeline[0].wall_s,
-        timeline=tuple(
-            TimelineEntry(
-                entry.phase.value,
-                entry.wall_s,
-                entry.monotonic_s,
-                None if until is None else until - entry.monotonic_s,
-            )
-            for entry, until in zip(state.timeline, left, strict=True)
-        ),
-        mode=state.mode,
-        policy=state.policy,
-        progress=Progress(
-            total_bytes=4096 * MIB if running.sent_bytes else None,
-            transferred_bytes=running.sent_bytes or None,
-            remaining_bytes=running.remaining_bytes if running.sent_bytes else None,
-            dirty_bytes_per_s=400.0 * MIB if running.rounds else None,
-            bandwidth_bytes_per_s=1000.0 * MIB if running.sent_bytes else None,
-            throttle_percent=running.throttle_percent,
-            rounds=len(running.rounds),
-            qemu_status="active",
-        ),
-        estimate=estimate(running.rounds, state.policy),
-        last_decision=running.decisions[-1] if running.decisions else None,
-        cause=state.cause,
-        refusals=state.refusals,
-        blackout_s=state.blackout_s,
-        elapsed_s=(entered[-1] if state.is_terminal else now_s) - entered[0],
-        total_s=state.total_s,
-        next_step=ODD if odd else _NEXT_STEP.get(state.phase),
-        requested_by=ODD if odd else "uid:0/root",
-    )
-
-
-_NEXT_STEP: Final = {
-    Phase.GUEST_LOST: "start web1 anew from its disks",
-    Phase.ROLLED_BACK: "look at the destination's log, then migrate again",
-}
-
-
-class Daemon:
-    """The scripted engine behind the real interface, in a thread of its own."""
-
-    def __init__(self, socket: Path, *, speed: float = 20.0) -> None:
-        self.socket = socket
-        self._speed = speed
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="scripted daemon")
-        self._runner: web.AppRunner | None = None
-        self.service: Scripted | None = None
-        self.middlewares: list[Any] = []
-        """Put before the interface's own when it next listens."""
-
-    def __enter__(self) -> "Daemon":
-        self._thread.start()
-        self.do(self._begin())
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.do(self._end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
-
-    def do(self, work: Any) -> Any:
-        """Run a coroutine on the daemon's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
-
-    def call(self, work: Callable[[Scripted], Any]) -> Any:
-        """Look at the engine, or change it, on its own loop."""
-
-        async def on_loop() -> Any:
-            assert self.service is not None
-            return work(self.service)
-
-        return self.do(on_loop())
-
-    def stop_listening(self) -> None:
-        self.do(self._stop_listening())
-
-    def listen(self) -> None:
-        self.do(self._listen())
-
-    async def _begin(self) -> None:
-        self.service = Scripted(speed=self._speed)
-        await self._listen()
-
-    async def _listen(self) -> None:
-        assert self.service is not None
-        app = build_app(self.service, metrics=lambda: (b"", "text/plain", "0"))
-        for middleware in self.middlewares:
-            app.middlewares.insert(0, middleware)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.2)
-        await self._runner.setup()
-        await web.UnixSite(self._runner, str(self.socket)).start()
-
-    async def _stop_listening(self) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
-        self.socket.unlink(missing_ok=True)
-
-    async def _end(self) -> None:
-        assert self.service is not None
-        tasks = [r.task for r in self.service.migrations_by_id.values() if r.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._stop_listening()
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Serve until SIGTERM or SIGINT; SIGUSR1 takes the listener away for a second."""
-    socket, speed = Path(arguments[0]), float(arguments[1]) if len(arguments) > 1 else 1.0
-    with Daemon(socket, speed=speed) as daemon:
-        signals = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-        while signal.sigwait(signals) == signal.SIGUSR1:
-            daemon.stop_listening()
-            signal.sigtimedwait(signals - {signal.SIGUSR1}, 1.0)
-            daemon.listen()
-
-
-if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
-    main(sys.argv[1:])

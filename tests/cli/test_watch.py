@@ -15,10 +15,18 @@ from migrd.cli.address import Address
 from migrd.cli.client import Client
 from migrd.cli.exits import CommandError, Exit, NoAnswer
 from migrd.cli.watching import Look, Watch
-from tests.cli.conftest import PROGRAM, Run, lines_of, parsed, run_alone, spawned
-from tests.cli.scripted import Daemon
+from tests.cli.conftest import (
+    PROGRAM,
+    Run,
+    lines_of,
+    migration_to,
+    parsed,
+    run_alone,
+    spawned,
+    until,
+)
+from tests.cli.scripted_daemon import Daemon
 from tests.cli.terminal import Terminal
-from tests.cli.test_commands import migration_to, until
 
 WIDE, NARROW = (200, 50), (80, 24)
 
