@@ -66,7 +66,7 @@ class MigrationMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._role, self._phase = OneOf(ROLES), OneOf(PHASES)
         self._outcome, self._reason = OneOf(OUTCOMES), AtMost(MAX_REASONS)
-        self._tracker, self._channel = OneOf(TRACKERS), OneOf(CHANNELS)
+        self._channel = OneOf(CHANNELS)
         self._ended = Counter(
             "migrd_migrations",
             "Migrations ended, by this host's side of them, outcome (the last phase) and reason.",
@@ -86,6 +86,16 @@ class MigrationMetrics:
             buckets=BLACKOUT_BUCKETS_S,
             registry=registry,
         )
+        self._violations = Counter(
+            "migrd_ownership_violations",
+            "Times a guest was seen to run where it may not. Anything above 0 is an emergency.",
+            registry=registry,
+        )
+        self._transferred: dict[LabelValues, float] = {}
+        self._count_rounds(registry)
+
+    def _count_rounds(self, registry: CollectorRegistry) -> None:
+        self._tracker = OneOf(TRACKERS)
         self._rounds = Counter(
             "migrd_harvest_rounds",
             "Rounds recorded, by who tracked the writes.",
@@ -99,12 +109,6 @@ class MigrationMetrics:
             buckets=ROUND_BUCKETS_S,
             registry=registry,
         )
-        self._violations = Counter(
-            "migrd_ownership_violations",
-            "Times a guest was seen to run where it may not. Anything above 0 is an emergency.",
-            registry=registry,
-        )
-        self._transferred: dict[LabelValues, float] = {}
 
     def phase_changed(
         self, role: str, phase_from: str, phase_to: str, duration_s: float | None

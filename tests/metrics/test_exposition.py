@@ -29,7 +29,7 @@ async def running(exposition: Exposition) -> AsyncIterator[None]:
 async def until(is_so: Callable[[], bool], within_s: float = 5.0) -> None:
     """Wait until it is so."""
     async with asyncio.timeout(within_s):
-        while not is_so():  # noqa: ASYNC110  # what is waited for knows no event
+        while not is_so():  # noqa: ASYNC110 - what is waited for knows no event
             await asyncio.sleep(0.005)
 
 
@@ -154,7 +154,7 @@ async def test_the_probe_sees_a_loop_that_was_blocked() -> None:
     await until(lambda: bool(lags))
     probe.take_worst_s()
     seen = len(lags)
-    time.sleep(0.1)  # noqa: ASYNC251  # the fault, planted
+    time.sleep(0.1)  # noqa: ASYNC251 - the fault, planted
     await until(lambda: len(lags) > seen)
     assert max(lags[seen:]) >= 0.05
     assert probe.take_worst_s() >= 0.05
