@@ -2,10 +2,11 @@
 
 Keeps the rules of `engine.peer_service`: idempotent by migration id and epoch, an older epoch
 changes nothing, a refusal is final, after `starting` nothing is refused. A test moves a migration
-along with `move`, and plants errors with `fail`.
+along with `move`, and plants errors with `fail`. `seeded_faults` makes a road lossy, repeatably.
 """
 
 import asyncio
+import random
 from dataclasses import dataclass, field, replace
 
 from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
@@ -13,6 +14,7 @@ from migrd.core.handover import DestinationPhase
 from migrd.engine.peer_service import HelloFacts
 from migrd.engine.ports import DestinationView, HostProfile, SourceView
 from migrd.errors import Conflict, NotFound
+from tests.fakes.road import Faults, Loss
 
 FINAL = (DestinationPhase.STARTING, DestinationPhase.RUNNING, DestinationPhase.REFUSED)
 
@@ -38,6 +40,8 @@ class FakePeerService:
         self.epochs: dict[str, int] = {}
         self.calls: list[tuple[str, str]] = []
         """(caller, call), in order of arrival."""
+        self.starts: list[str] = []
+        """Migrations whose guest was started here, once for each start."""
         self.slow_s = 0.0
         """How long grant and prepare take."""
         self._errors: dict[str, Exception] = {}
@@ -120,6 +124,7 @@ class FakePeerService:
         stored = self._checked(migration_id, epoch)
         await asyncio.sleep(self.slow_s)
         if stored.view.phase not in FINAL:
+            self.starts.append(migration_id)
             await self.move(migration_id, DestinationPhase.RUNNING)
             stored.view = replace(stored.view, guest_running=run_guest, transfer_completed=True)
         return stored.view
@@ -161,3 +166,13 @@ class FakePeerService:
         if epoch != stored.view.epoch:
             raise Conflict(f"epoch {epoch} is not {stored.view.epoch}", code="stale_epoch")
         return stored
+
+
+def seeded_faults(seed: int, *, share: float = 0.5) -> Faults:
+    """For `Road.faults`: of all messages, `share` meets some fault; the same ones for one seed."""
+    chance = random.Random(seed)
+
+    def fault(caller: str, callee: str, call: str) -> Loss | None:
+        return chance.choice(list(Loss)) if chance.random() < share else None
+
+    return fault
