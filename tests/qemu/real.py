@@ -44,7 +44,7 @@ async def running_qemu(
     directory = Path(tempfile.mkdtemp(dir=parent))
     with (directory / "stderr").open("wb") as stderr:
         command = arguments(binary, directory, *more)
-        child = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL)  # noqa: ASYNC220
+        child = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL)  # noqa: ASYNC220 - as short as a fork
     process = await watch_child(child.pid)
     oob_path = directory / "oob" if has_oob else None
     attachment = Attachment(child_name(binary), "1", directory / "qmp", oob_path, process)

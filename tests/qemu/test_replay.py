@@ -30,9 +30,9 @@ async def test_every_answer_and_every_event_of_a_recording_arrives(
             for line in lines:  # commands were given before others had been answered: so here
                 if line.is_question and line.command != "qmp_capabilities":
                     execute = qmp.execute_oob if "exec-oob" in line.message else qmp.execute
-                    call = execute(line.command, line.message.get("arguments"), deadline_s=10)
+                    asking = execute(line.command, line.message.get("arguments"), deadline_s=10)
                     answer = answers.get(line.message["id"])
-                    asked.append((answer or {}, asyncio.create_task(call)))
+                    asked.append((answer or {}, asyncio.create_task(asking)))
             expected = [x.message["event"] for x in lines if "event" in x.message]
             answered = [call for answer, call in asked if answer]
             await asyncio.wait(answered, timeout=10)
@@ -71,7 +71,9 @@ def test_no_answer_of_a_recording_reads_as_unknown_or_contradicts_itself(name: s
 
 
 def test_throttle_and_device_numbers_are_read() -> None:
-    throttled = [read_sample(a, {}, at_s=0.0) for a in all_answers("auto-converge", "query-migrate")]
+    throttled = [
+        read_sample(a, {}, at_s=0.0) for a in all_answers("auto-converge", "query-migrate")
+    ]
     assert {30, 50, 70} <= {sample.throttle_percent for sample in throttled}
     with_device = [read_sample(a, {}, at_s=0.0) for a in all_answers("vfio-basic", "query-migrate")]
     assert max(sample.device_transferred_bytes or 0 for sample in with_device) > 1 << 20
