@@ -128,6 +128,8 @@ class FakeQemu:
         self.is_silent = False
         """Its in-band monitor answers nothing (SIGSTOP, a blocked main loop)."""
         self.refuses_cont: str | None = None
+        self.ignores_quit = False
+        """Not even SIGKILL ends it (it hangs in the kernel)."""
         self.listeners: list[Callable[[str], None]] = []
         self.on_death: list[Callable[[], None]] = []
         self._answers = asyncio.Event()

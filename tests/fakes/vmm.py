@@ -296,6 +296,8 @@ class FakeVmm:
         if self.qemu.is_dead:
             return
         await asyncio.sleep(LATENCY_S)
+        if self.qemu.ignores_quit:
+            raise VmmTimedOut(f"QEMU of {self.vm} was not seen to exit (pid {self.pid})")
         self.qemu.die("terminated by migrd")
         self.qemu.guest.check_kept(f"migrd ended {self.qemu.name}")
         await asyncio.sleep(LATENCY_S)

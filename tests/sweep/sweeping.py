@@ -169,6 +169,7 @@ async def _to_the_end(pair: Pair, script: Script) -> Finished:
 
 async def _check_truth(pair: Pair, finished: Finished) -> None:
     """The answer is the ground truth, on both hosts."""
+    pair.check_truth()
     await pair.settle()
     runs_on, said = pair.running_on(), (finished.phase, finished.cause)
     if pair.is_paused_guest:
@@ -280,3 +281,19 @@ def run_with_losses(
 
 def _lossy(script: Script, losing: Losing) -> Finished:
     return _watched(lambda: _run(script, {}, losing))
+
+
+# Scenarios ----------------------------------------------------------------------------------------
+
+
+def run_scenario(scenario: Script) -> None:
+    """A scenario over a fresh Pair, and the ground truth after it."""
+
+    async def play() -> Finished:
+        pair = Pair()
+        async with pair:
+            await pair.boot()
+            await scenario(pair)
+        return Finished(None, None)
+
+    _watched(play)
