@@ -1,24 +1,24 @@
 """Every error that migrd raises on purpose, as one tree.
 
-    MigrdError                    something asked of migrd did not happen; `code` says what, for programs
-    ├── ConfigError               the configuration cannot be used; names the key, the value and the cure
-    ├── RequestError              the client can mend it
-    │   ├── Invalid               the request itself is wrong; carries every violation at once
-    │   ├── NotFound              no such VM, migration, peer or profile
-    │   ├── Conflict              right in itself, not possible in the present state
-    │   ├── NotAuthorized         known to nobody, or not allowed
-    │   └── TooLarge              more bytes or deeper nesting than the limit
-    ├── Unavailable               not now; the same request may work later
-    ├── VmmError                  about a QEMU process
-    │   ├── VmmRefused            QEMU answered with an error: the command had no effect
-    │   ├── VmmTimedOut           no answer in time: NOT known whether the command took effect
-    │   ├── VmmUnreachable        no connection: nothing is known about the process
-    │   └── VmmDied               the process is proven dead (it was seen to exit)
-    ├── PeerError                 about another host's migrd
-    │   ├── PeerRefused           it answered with a problem
-    │   ├── PeerTimedOut          no answer: NOT known whether the message took effect
-    │   └── PeerUnreachable       no connection was made: the message was not delivered
-    └── JournalError              the journal cannot be written or read; no step may be taken on it
+    MigrdError               something asked of migrd did not happen; `code` says what
+    ├── ConfigError          the configuration cannot be used; names the key, the value, the cure
+    ├── RequestError         the client can mend it
+    │   ├── Invalid          the request itself is wrong; carries every violation at once
+    │   ├── NotFound         no such VM, migration, peer or profile
+    │   ├── Conflict         right in itself, not possible in the present state
+    │   ├── NotAuthorized    known to nobody, or not allowed
+    │   └── TooLarge         more bytes or deeper nesting than the limit
+    ├── Unavailable          not now; the same request may work later
+    ├── VmmError             about a QEMU process
+    │   ├── VmmRefused       QEMU answered with an error: the command had no effect
+    │   ├── VmmTimedOut      no answer in time: NOT known whether the command took effect
+    │   ├── VmmUnreachable   no connection: nothing is known about the process
+    │   └── VmmDied          the process is proven dead (it was seen to exit)
+    ├── PeerError            about another host's migrd
+    │   ├── PeerRefused      it answered with a problem
+    │   ├── PeerTimedOut     no answer: NOT known whether the message took effect
+    │   └── PeerUnreachable  no connection was made: the message was not delivered
+    └── JournalError         the journal cannot be written or read: no step may be taken on it
 
 What the caller can do is in the class; what happened is in `code` (stable, snake_case) and the
 message (for people: names the thing, the value and the cure). Knows no HTTP: `api.problems` maps
