@@ -21,6 +21,7 @@ from pathlib import Path
 from migrd.config import DEFAULT_PATH, Settings, load
 from migrd.doctor import kernel, network, software, storage
 from migrd.doctor.finding import Check, Finding, Status, fail, ok, run_check
+from migrd.engine.threads import in_thread
 from migrd.errors import ConfigError
 
 __all__ = ["Finding", "Status", "examine"]
@@ -31,20 +32,26 @@ async def examine(path: Path | None, environ: Mapping[str, str]) -> tuple[Findin
 
     With a configuration that cannot be used, only what does not depend on it is looked at.
     """
+    settings, first = await in_thread(_configuration, path, environ)
+    if settings is None:
+        return (first, *await _run(software.checks_of_any_host() + kernel.checks(None)))
+    return (first, *await _run(_checks(settings)))
+
+
+def _configuration(
+    path: Path | None, environ: Mapping[str, str]
+) -> tuple[Settings | None, Finding]:
+    """Blocking."""
+    name = "configuration"
     try:
         settings = load(path, environ)
     except ConfigError as error:
         cure = "mend the file, then: migrd config check" + (f" --config {path}" if path else "")
-        first = (fail("configuration", error.message, cure),)
-        return first + await _run(software.checks_of_any_host() + kernel.checks(None))
-    return (_configured(settings, path), *await _run(_checks(settings)))
-
-
-def _configured(settings: Settings, path: Path | None) -> Finding:
+        return None, fail(name, error.message, cure)
     if path is None and DEFAULT_PATH.exists():
         path = DEFAULT_PATH
     where = str(path) if path else f"{DEFAULT_PATH} is not there: the defaults hold"
-    return ok("configuration", f"{where}; this host is {settings.host.name}")
+    return settings, ok(name, f"{where}; this host is {settings.host.name}")
 
 
 def _checks(settings: Settings) -> list[Check]:

@@ -33,7 +33,7 @@ RELEASED_WALL_S: Final = 1_767_225_600.0
 def checks(settings: Settings | None) -> list[Check]:
     """Without settings: what can be said of any host."""
     return [
-        Check("kvm", blocking=partial(look_at_kvm, _wants_kvm(settings))),
+        Check("kvm", blocking=lambda: look_at_kvm(_wants_kvm(settings))),
         Check("iommu and vfio", blocking=look_at_passthrough),
         Check("postcopy", blocking=partial(look_at_userfaultfd, _wants_postcopy(settings))),
         Check("memory", blocking=look_at_memory),
@@ -43,6 +43,7 @@ def checks(settings: Settings | None) -> list[Check]:
 
 
 def _wants_kvm(settings: Settings | None) -> bool:
+    """Blocking."""
     if settings is None:
         return False
     try:
