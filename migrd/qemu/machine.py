@@ -168,9 +168,7 @@ class Machine:
         return self._schema[1]
 
     async def sample(self) -> TransferSample:
-        migrate, status = await asyncio.gather(
-            self._ask("query-migrate"), self._ask("query-status")
-        )
+        migrate, status = await self._ask_all(("query-migrate", None), ("query-status", None))
         return samples.read_sample(
             migrate,
             status,
@@ -314,6 +312,13 @@ class Machine:
             return await self._ask("query-kvm")
         except CommandRefused:
             return {"enabled": False}  # built without KVM
+
+    async def _ask_all(self, *questions: tuple[str, Arguments | None]) -> list[Any]:
+        try:
+            return await self.monitor.execute_all(*questions, deadline_s=self._call_deadline_s)
+        except (VmmUnreachable, VmmTimedOut) as failure:
+            await self._raise_if_dead(failure)
+            raise
 
     async def _ask_oob(self, command: str, arguments: Arguments | None = None) -> Any:
         has_lane = self.oob is not None and self.oob.is_connected and self.oob.has_oob

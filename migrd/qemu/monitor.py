@@ -183,6 +183,15 @@ class Monitor:
         """
         return await self._connected(command).execute(command, arguments, deadline_s=deadline_s)
 
+    async def execute_all(
+        self, *questions: tuple[str, Arguments | None], deadline_s: float = DEFAULT_DEADLINE_S
+    ) -> list[Any]:
+        """Ask all at once, on one connection; the answers in order. Raises as `execute`, for the
+        first that goes wrong."""
+        connection = self._connected(questions[0][0])
+        begun = [connection.begin(*question, deadline_s=deadline_s) for question in questions]
+        return await asyncio.gather(*begun)
+
     async def execute_oob(
         self,
         command: str,

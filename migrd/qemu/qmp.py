@@ -92,6 +92,12 @@ class QmpConnection(asyncio.Protocol):
         """
         return await self._calls.submit(command, arguments, deadline_s, True)
 
+    def begin(
+        self, command: str, arguments: Arguments | None = None, *, deadline_s: float
+    ) -> asyncio.Future[Any]:
+        """`execute`, sent now and awaited later: several questions cost one journey."""
+        return self._calls.submit(command, arguments, deadline_s, True)
+
     async def execute_oob(
         self,
         command: str,

@@ -82,11 +82,16 @@ FEATURE_TESTS: Final[Mapping[Feature, Callable[[QmpSchema], bool]]] = MappingPro
 )
 
 
+KNOWN_BOUND: Final = 32
+_KNOWN: Final[dict[QmpSchema, QmpSchema]] = {}
+"""One object for all VMs of the same QEMU: 45 KiB each otherwise."""
+
+
 def read_schema(answer: object) -> QmpSchema:
     """What `query-qmp-schema` returned, as a QmpSchema; what is missing there is not offered."""
     types = _Types(answer)
     commands = frozenset(types.named("command"))
-    return QmpSchema(
+    schema = QmpSchema(
         commands=commands,
         oob_commands=frozenset(c for c in commands if types.entry(c).get("allow-oob") is True),
         events=frozenset(types.named("event")),
@@ -100,6 +105,9 @@ def read_schema(answer: object) -> QmpSchema:
             "migrate-set-parameters", "arg-type", "multifd-compression"
         ),
     )
+    if len(_KNOWN) >= KNOWN_BOUND:
+        _KNOWN.clear()
+    return _KNOWN.setdefault(schema, schema)
 
 
 class _Types:
