@@ -73,14 +73,15 @@ async def running(settings: Settings, notifier: Notifier) -> AsyncIterator[None]
     async with contextlib.AsyncExitStack() as stack:
         await in_thread(_make_directories, settings)
         metrics = Metrics(settings.peers)
-        world = await _world(settings, metrics, stack)
+        tls = await _peer_tls(settings)  # one for both directions: renewals reach both
+        world = await _world(settings, metrics, tls, stack)
         engine = await stack.enter_async_context(Engine(world))
         exposition = Exposition(metrics, engine.service)
         probe = LoopLagProbe(metrics.loop_lag)
         background = await stack.enter_async_context(_background())
         background.create_task(probe.run(), name="loop-lag")
         background.create_task(exposition.run(), name="metrics")
-        await _listen_for_peers(settings, engine, background, stack)
+        await _listen_for_peers(settings, engine, tls, background, stack)
         await _listen_for_clients(settings, engine, exposition, stack)
         background.create_task(notifier.feed_watchdog(probe.take_worst_s), name="watchdog")
         yield
@@ -123,7 +124,12 @@ class _Stopped(Exception):
 # The world ----------------------------------------------------------------------------------------
 
 
-async def _world(settings: Settings, metrics: Metrics, stack: contextlib.AsyncExitStack) -> World:
+async def _world(
+    settings: Settings,
+    metrics: Metrics,
+    tls: PeerTls | None,
+    stack: contextlib.AsyncExitStack,
+) -> World:
     journal = await stack.enter_async_context(
         open_journal(
             settings.journal.path,
@@ -139,11 +145,10 @@ async def _world(settings: Settings, metrics: Metrics, stack: contextlib.AsyncEx
     )
     stack.push_async_callback(launcher.close)
     peers: dict[str, Peer] = {}
-    tls = await _peer_tls(settings)
     for name, entry in settings.peers.items():
         if tls is not None:
             peer = await stack.enter_async_context(connect_peer(name, entry.url, tls))
-            peers[name] = peer
+            peers[peer.name] = peer
     options = engine_options(settings)
     stream = Stream(history=options.history, queue=options.queue)
     return World(options, journal, launcher, peers, stream, observer=metrics)
@@ -163,11 +168,11 @@ def engine_options(settings: Settings) -> EngineOptions:
     if migration.tls is Tls.REQUIRED and migration.tls_dir is not None:
         tls = TlsIdentity(str(migration.tls_dir))
     return EngineOptions(
-        host=settings.host.name,
+        host=settings.host.name.lower(),
         listen_host=migration.listen_host,
         ports=migration.port_range,
         migration_hosts={
-            name: entry.migration_host
+            name.lower(): entry.migration_host
             for name, entry in settings.peers.items()
             if entry.migration_host is not None
         },
@@ -186,7 +191,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         watch_interval_s=settings.watch.interval_s,
         history=settings.events.history_events,
         queue=settings.events.queue_events,
-        peers={name: entry.url for name, entry in settings.peers.items()},
+        peers={name.lower(): entry.url for name, entry in settings.peers.items()},
         migrd_version=migrd.__version__,
     )
 
@@ -197,10 +202,10 @@ def engine_options(settings: Settings) -> EngineOptions:
 async def _listen_for_peers(
     settings: Settings,
     engine: Engine,
+    tls: PeerTls | None,
     background: asyncio.TaskGroup,
     stack: contextlib.AsyncExitStack,
 ) -> None:
-    tls = await _peer_tls(settings)
     if tls is None or settings.peer.listen_host is None:
         return
     background.create_task(_reload_tls(tls), name="peer-tls")

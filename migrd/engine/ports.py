@@ -353,7 +353,11 @@ class Journal(Protocol):
 
     async def put_vm(self, vm: StoredVm) -> None: ...
 
-    async def delete_vm(self, name: str) -> None: ...
+    async def delete_vm(self, name: str) -> None:
+        """Forget the VM; never its epoch."""
+
+    async def last_epoch(self, vm: str) -> int:
+        """The highest epoch ever stored for a VM of that name, also of deleted ones; 0: none."""
 
     async def find_key(self, key: str) -> tuple[str, str] | None:
         """(migration id, body digest) stored under an idempotency key."""

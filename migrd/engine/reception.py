@@ -59,6 +59,7 @@ class Reception:
         except MigrdError as exc:
             refusals.append((exc.code, exc.message))
         options = world.options
+        migrations.vms.note_epoch(vm.name, await world.journal.last_epoch(vm.name))
         return HostProfile(
             host=options.host,
             migrd_version=options.migrd_version,
@@ -103,6 +104,7 @@ class Reception:
 
     async def _make_room(self, vm: str, epoch: int) -> None:
         """Raises Conflict or Unavailable. An older attempt with the same VM is discarded."""
+        self._migrations.vms.note_epoch(vm, await self._world.journal.last_epoch(vm))
         last_epoch = self._migrations.vms.last_epoch(vm)
         if epoch <= last_epoch:
             raise Conflict(

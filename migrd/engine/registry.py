@@ -98,6 +98,7 @@ class Registry:
             return views.of_vm(shown, self._world), entry is None
         created = entry is None
         if entry is None:
+            self._vms.note_epoch(spec.name, await self._world.journal.last_epoch(spec.name))
             entry = Entry(spec, epoch=self._vms.last_epoch(spec.name))
         else:
             entry.spec = spec
@@ -221,12 +222,12 @@ class Registry:
     def _parties(self, request: Request) -> tuple[Entry, Vmm, Peer]:
         """Raises NotFound, Invalid or Conflict with a named reason."""
         entry = self._vms.require(request.vm)
-        if request.destination == self._world.options.host:
+        if request.destination.lower() == self._world.options.host:
             raise Invalid(
                 "the destination is this host",
                 [Violation("destination", "destination_is_source", "name another host")],
             )
-        peer = self._world.peers.get(request.destination)
+        peer = self._world.peers.get(request.destination.lower())
         if peer is None:
             roster = ", ".join(sorted(self._world.peers)) or "it is empty"
             raise NotFound(
