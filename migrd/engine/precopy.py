@@ -63,13 +63,15 @@ async def run_precopy(m: Outgoing) -> MigrationEvent:
     """Carry out RUN_PRECOPY; raises the VmmError family for the runner to translate."""
     steering = Steering(m)
     try:
-        async with m.vmm.feed() as feed, steering.watching_destination():
+        async with steering.watching_destination():
             await steering.begin()
-            while True:
-                sample = await feed.newer(within_s=TICK_S)
-                event = await steering.look_at(sample)
-                if event is not None:
-                    return event
+            # Opened only now: a look from before `migrate` shows how the last migration ended.
+            async with m.vmm.feed() as feed:
+                while True:
+                    sample = await feed.newer(within_s=TICK_S)
+                    event = await steering.look_at(sample)
+                    if event is not None:
+                        return event
     except VmmDied as exc:
         return await steering.after_death(exc)
 
