@@ -2,6 +2,7 @@
 looking changes nothing."""
 
 import asyncio
+import json
 import os
 import socket
 import ssl
@@ -13,10 +14,14 @@ from pathlib import Path
 
 import pytest
 import trustme
+from click.testing import CliRunner
 
+from migrd.cli.main import build
 from migrd.config import Settings, load
-from migrd.doctor import Finding, Status, examine, kernel, network, software, storage
-from migrd.doctor.finding import Check, Found, ok, run_check
+from migrd.doctor import kernel, network, software, storage
+from migrd.doctor.command import doctor
+from migrd.doctor.examination import examine
+from migrd.doctor.finding import Check, Finding, Found, Status, ok, run_check
 from migrd.journal.sqlite import open_journal
 
 PROFILE = """
@@ -175,6 +180,25 @@ async def test_a_defect_in_a_check_is_a_finding() -> None:
         (finding,) = await run_check(check)
         assert finding.status is Status.WARN
         assert "LookupError: planted" in finding.message
+
+
+# The command
+
+
+def test_the_command_prints_findings_with_cures_and_its_exit_code_says_how_bad(
+    host: Host,
+) -> None:
+    host.profile("/nonexistent/qemu")
+    program = build([doctor])
+    told = CliRunner().invoke(program, ["doctor", "--config", str(host.config)])
+    assert told.exit_code == 1
+    assert "/nonexistent/qemu" in told.stdout
+    assert "do: apt-get install qemu-system-x86" in told.stdout
+    told = CliRunner().invoke(program, ["doctor", "--config", str(host.config), "-o", "json"])
+    answer = json.loads(told.stdout)
+    assert answer["ok"] is False
+    failed = [item["name"] for item in answer["items"] if item["status"] == "fail"]
+    assert failed == ["qemu /nonexistent/qemu"]
 
 
 # Software
