@@ -24,13 +24,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from migrd.core.facts import QemuStatus, RunState, TransferSample
-from migrd.errors import VmmDied, VmmError
+from migrd.errors import VmmDied, VmmError, VmmUnreachable
 from migrd.qemu.wire import QmpEvent
 
 PACE_S = 0.1
 NEAR_END_PACE_S = 0.02
 IDLE_PACE_S = 0.5
 BLOCKED_PACE_S = 0.5
+LOST_PACE_S = 0.05
 NEAR_END_S = 0.5
 """What is left would take no longer than this: look closely."""
 BOUND = 512
@@ -127,6 +128,9 @@ class QemuFeed:
                 pace_s = _pace_s(self._latest)
             except VmmDied:
                 return  # `run` waits for the same proof
+            except VmmUnreachable as failure:
+                log.debug("no sample: %s", failure)
+                pace_s = LOST_PACE_S  # the next question waits for the connection by itself
             except VmmError as failure:
                 log.debug("no sample: %s", failure)
             with contextlib.suppress(TimeoutError):

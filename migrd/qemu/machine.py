@@ -40,7 +40,7 @@ from migrd.qemu.preparation import prepare, take_back
 from migrd.qemu.process import Attachment
 from migrd.qemu.qmp import DEFAULT_DEADLINE_S
 from migrd.qemu.schema import QmpSchema, read_schema
-from migrd.qemu.wire import Arguments, CommandRefused, NotSent, QmpEvent, json_object
+from migrd.qemu.wire import Arguments, CommandRefused, QmpEvent, json_object
 
 RUN_STATE_DEADLINE_S: Final = 10.0
 """`cont`, `stop` and `migrate-continue` move device states: as long as the slowest device takes."""
@@ -333,7 +333,8 @@ class Machine:
         """For the feed: waits for the connection, and does not pile questions on a blocked one."""
         await self.wait_connected(within_s=RECONNECT_WAIT_S)
         if self.monitor.unanswered >= UNANSWERED_LIMIT:
-            raise NotSent(f"{self._vm}: {self.monitor.unanswered} commands are unanswered")
+            text = f"{self._vm}: {self.monitor.unanswered} commands are unanswered: blocked"
+            raise VmmTimedOut(text)
         return await self.sample()
 
     async def _listening_port(self) -> int:
