@@ -20,7 +20,8 @@ from migrd.api.wire import (
     seconds,
 )
 from migrd.core import migration
-from migrd.core.migration import Admission, Mode, WhenNotConverging
+from migrd.core.admission import Admission
+from migrd.core.migration import Mode, WhenNotConverging
 from migrd.engine import service
 from migrd.engine.service import Resolution
 

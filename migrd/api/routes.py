@@ -44,7 +44,7 @@ from migrd.api.models_progress import (
 )
 from migrd.api.table import Answer, Call, Reply, Tag, reply, reply_list, route, to_json
 from migrd.api.wire import Flag, MigrationId, Name, WireModel
-from migrd.core.migration import Admission
+from migrd.core.admission import Admission
 from migrd.engine import service
 from migrd.engine.service import MigrationView, Role
 from migrd.errors import Conflict

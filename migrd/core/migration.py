@@ -14,10 +14,9 @@ Times: `wall_s` is for people; `monotonic_s` (CLOCK_MONOTONIC, one boot) is for 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Final
 
 from migrd.core.facts import TransferAddress
-from migrd.core.phases import PAST_NO_RETURN, TERMINAL, Phase, Trigger, next_phase
+from migrd.core.phases import INSTRUCTION_OF, TERMINAL, Instruction, Phase, Trigger, next_phase
 
 
 class WhenNotConverging(StrEnum):
@@ -119,31 +118,6 @@ class PhaseEntry:
     phase: Phase
     wall_s: float
     monotonic_s: float
-
-
-class Instruction(StrEnum):
-    """What is to be done in a phase; each ends in exactly one event."""
-
-    CHECK_PREFLIGHT = "check_preflight"
-    PREPARE_DESTINATION = "prepare_destination"
-    RUN_PRECOPY = "run_precopy"
-    COMPLETE_SWITCHOVER = "complete_switchover"
-    OBTAIN_ANSWER = "obtain_answer"
-    KEEP_ASKING = "keep_asking"
-    RELEASE_SOURCE = "release_source"
-    ROLL_BACK = "roll_back"
-
-
-INSTRUCTION_OF: Final[dict[Phase, Instruction]] = {
-    Phase.PREFLIGHT: Instruction.CHECK_PREFLIGHT,
-    Phase.PREPARING: Instruction.PREPARE_DESTINATION,
-    Phase.PRECOPY: Instruction.RUN_PRECOPY,
-    Phase.SWITCHOVER: Instruction.COMPLETE_SWITCHOVER,
-    Phase.GRANTED: Instruction.OBTAIN_ANSWER,
-    Phase.NEEDS_OPERATOR: Instruction.KEEP_ASKING,
-    Phase.COMPLETING: Instruction.RELEASE_SOURCE,
-    Phase.ROLLING_BACK: Instruction.ROLL_BACK,
-}
 
 
 @dataclass(frozen=True)
@@ -257,48 +231,3 @@ def _blackout_s(state: MigrationState, resumed_at_s: float | None) -> float | No
     if state.stopped_at_s is None or resumed_at_s is None or not state.run_guest:
         return None
     return max(0.0, resumed_at_s - state.stopped_at_s)
-
-
-class Admission(StrEnum):
-    """What becomes of a client's wish."""
-
-    QUEUED = "queued"
-    ALREADY_SO = "already_so"
-    DENIED = "denied"
-
-
-def admit_cancel(state: MigrationState) -> tuple[Admission, str]:
-    """May this migration still be cancelled? Pure; (answer, reason code)."""
-    if state.phase is Phase.CANCELLED or (state.undoing and state.cancelled):
-        return Admission.ALREADY_SO, "cancelled"
-    if state.phase in PAST_NO_RETURN or state.granted:
-        return Admission.DENIED, "past_point_of_no_return"
-    if state.is_terminal:
-        return Admission.DENIED, "already_ended"
-    if state.phase is Phase.ROLLING_BACK or state.undoing:
-        return Admission.ALREADY_SO, "rolling_back"
-    if state.mode is Mode.POSTCOPY:
-        return Admission.DENIED, "postcopy_started"
-    return Admission.QUEUED, "cancelling"
-
-
-def admit_switchover(state: MigrationState) -> tuple[Admission, str]:
-    """May a client force the switchover now?"""
-    if state.is_terminal:
-        return Admission.DENIED, "already_ended"
-    if state.switchover_forced or state.phase in (
-        Phase.SWITCHOVER,
-        Phase.GRANTED,
-        Phase.COMPLETING,
-    ):
-        return Admission.ALREADY_SO, "switching_over"
-    if state.phase is not Phase.PRECOPY:
-        return Admission.DENIED, "not_in_precopy"
-    return Admission.QUEUED, "switching_over"
-
-
-def admit_policy(state: MigrationState) -> tuple[Admission, str]:
-    """May the policy still be changed?"""
-    if state.phase in (Phase.PENDING, Phase.PREFLIGHT, Phase.PREPARING, Phase.PRECOPY):
-        return Admission.QUEUED, "policy_changed"
-    return Admission.DENIED, "already_ended" if state.is_terminal else "past_precopy"

@@ -140,6 +140,32 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[Trigger, Phase]]] = MappingProxyType(
     }
 )
 
+
+class Instruction(StrEnum):
+    """What is to be done in a phase; each ends in exactly one event."""
+
+    CHECK_PREFLIGHT = "check_preflight"
+    PREPARE_DESTINATION = "prepare_destination"
+    RUN_PRECOPY = "run_precopy"
+    COMPLETE_SWITCHOVER = "complete_switchover"
+    OBTAIN_ANSWER = "obtain_answer"
+    KEEP_ASKING = "keep_asking"
+    RELEASE_SOURCE = "release_source"
+    ROLL_BACK = "roll_back"
+
+
+INSTRUCTION_OF: Final[dict[Phase, Instruction]] = {
+    Phase.PREFLIGHT: Instruction.CHECK_PREFLIGHT,
+    Phase.PREPARING: Instruction.PREPARE_DESTINATION,
+    Phase.PRECOPY: Instruction.RUN_PRECOPY,
+    Phase.SWITCHOVER: Instruction.COMPLETE_SWITCHOVER,
+    Phase.GRANTED: Instruction.OBTAIN_ANSWER,
+    Phase.NEEDS_OPERATOR: Instruction.KEEP_ASKING,
+    Phase.COMPLETING: Instruction.RELEASE_SOURCE,
+    Phase.ROLLING_BACK: Instruction.ROLL_BACK,
+}
+"""The work of each phase; pending and the terminal ones have none."""
+
 TERMINAL: Final = frozenset(phase for phase, row in TRANSITIONS.items() if not row)
 
 PAST_NO_RETURN: Final = frozenset({Phase.GRANTED, Phase.COMPLETING, Phase.SUCCEEDED})

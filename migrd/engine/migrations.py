@@ -13,8 +13,8 @@ from typing import Any, Final
 import structlog
 
 from migrd.core.handover import DestinationPhase, DestinationState
-from migrd.core.migration import Instruction, MigrationState, Mode
-from migrd.core.phases import Phase, Trigger
+from migrd.core.migration import MigrationState, Mode
+from migrd.core.phases import Instruction, Phase, Trigger
 from migrd.engine.incoming import Incoming
 from migrd.engine.outgoing import Outgoing, Step
 from migrd.engine.ports import Peer, StoredIncoming, StoredRequest, Vmm

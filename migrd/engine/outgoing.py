@@ -29,16 +29,15 @@ import structlog
 from migrd.core.convergence import Decision, Estimate
 from migrd.core.facts import Round, TransferSample, TransferSettings
 from migrd.core.handover import DestinationPhase
-from migrd.core.migration import (
+from migrd.core.migration import Cause, MigrationEvent, MigrationState, Mode, advance
+from migrd.core.phases import (
     INSTRUCTION_OF,
-    Cause,
+    TRANSITIONS,
+    IllegalTransition,
     Instruction,
-    MigrationEvent,
-    MigrationState,
-    Mode,
-    advance,
+    Phase,
+    Trigger,
 )
-from migrd.core.phases import TRANSITIONS, IllegalTransition, Phase, Trigger
 from migrd.engine.ports import Peer, StoredRequest, StoredVm, Vmm
 from migrd.engine.world import World
 from migrd.errors import JournalError, MigrdError, PeerError, VmmDied

@@ -15,20 +15,10 @@ from typing import Any, Final
 
 import structlog
 
+from migrd.core.admission import Admission, admit_cancel, admit_policy, admit_switchover
 from migrd.core.convergence import Decision, Estimate, Verdict
 from migrd.core.facts import Round, VmSpec
-from migrd.core.migration import (
-    Admission,
-    Cause,
-    Mode,
-    Policy,
-    Refusal,
-    Request,
-    admit_cancel,
-    admit_policy,
-    admit_switchover,
-    begin,
-)
+from migrd.core.migration import Cause, Mode, Policy, Refusal, Request, begin
 from migrd.core.phases import Phase, Trigger
 from migrd.engine import views
 from migrd.engine.host import HostFacts

@@ -12,16 +12,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from migrd.core.admission import Admission
 from migrd.core.convergence import Decision, Estimate
 from migrd.core.facts import Round, VmFacts, VmSpec
-from migrd.core.migration import (
-    Admission,
-    Cause,
-    Mode,
-    Policy,
-    Refusal,
-    Request,
-)
+from migrd.core.migration import Cause, Mode, Policy, Refusal, Request
 
 
 class Role(StrEnum):

@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Final
 
+from migrd.core.admission import Admission, admit_cancel, admit_policy, admit_switchover
 from migrd.core.convergence import Decision, Situation, Verdict, decide
 from migrd.core.facts import (
     Round,
@@ -27,16 +28,12 @@ from migrd.core.facts import (
     VmSpec,
 )
 from migrd.core.migration import (
-    Admission,
     Cause,
     MigrationEvent,
     Mode,
     Policy,
     Refusal,
     Request,
-    admit_cancel,
-    admit_policy,
-    admit_switchover,
     advance,
     begin,
 )

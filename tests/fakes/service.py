@@ -16,10 +16,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 
+from migrd.core.admission import Admission, admit_cancel, admit_policy, admit_switchover
 from migrd.core.convergence import Decision, Situation, decide, estimate
 from migrd.core.facts import Feature, QemuStatus, Round, RunState, VmFacts, VmSpec
 from migrd.core.migration import (
-    Admission,
     Cause,
     MigrationEvent,
     MigrationState,
@@ -27,9 +27,6 @@ from migrd.core.migration import (
     Policy,
     Refusal,
     Request,
-    admit_cancel,
-    admit_policy,
-    admit_switchover,
     advance,
     begin,
 )

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from migrd.core.admission import Admission
 from migrd.core.facts import VmSpec
-from migrd.core.migration import Admission, Policy
+from migrd.core.migration import Policy
 from migrd.core.phases import Phase
 from migrd.engine.service import Resolution, Whereabouts
 from migrd.errors import Conflict, Invalid, NotFound
