@@ -9,11 +9,14 @@ import pytest
 from pydantic import ValidationError
 
 from migrd.config import Settings, explain, load
+from migrd.config.checks import INSTANCE_ROOM_BYTES, SUN_PATH_BYTES, conflicts
 from migrd.config.loading import known_keys
 from migrd.config.reference import EXAMPLES, reference
 from migrd.core.migration import Policy, WhenNotConverging
 from migrd.engine.options import EngineOptions
 from migrd.errors import ConfigError
+from migrd.qemu.launch import QemuLauncher
+from migrd.qemu.profile_files import Profiles
 
 REFERENCE = Path(__file__).parents[1] / "config" / "migrd.toml"
 
@@ -195,6 +198,12 @@ def test_a_policy_is_made_of_seconds_and_bytes(load_text: Load) -> None:
 @pytest.mark.parametrize("text", ['"0660"', '"660"', "0o660", '"0o660"'])
 def test_the_socket_mode_can_be_written_in_every_usual_way(load_text: Load, text: str) -> None:
     assert load_text(f"[api]\nsocket_mode = {text}\n").api.socket_mode == 0o660
+
+
+def test_the_longest_runtime_dir_allowed_is_one_that_the_launcher_can_use() -> None:
+    longest = "/" + "r" * (SUN_PATH_BYTES - INSTANCE_ROOM_BYTES - 1)
+    assert conflicts(Settings.model_validate({"host": {"runtime_dir": longest}})) == ()
+    QemuLauncher(Profiles(), Path(longest))
 
 
 # Wrong values: each names the key, where it stands, what was found and what would be right

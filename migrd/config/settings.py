@@ -131,7 +131,8 @@ class HostSettings(_Section):
     adopt_dir: AbsolutePath | None = Field(
         default=None,
         description="Directory where QEMU processes that others launched put their QMP sockets, "
-        "<vm>.qmp each; migrd adopts them by name. Not set: none are adopted.",
+        "<vm>.qmp each (and <vm>.oob.qmp for a second monitor); migrd adopts them by name. "
+        "Not set: none are adopted.",
     )
 
 
@@ -145,7 +146,8 @@ class ApiTcpSettings(_Section):
     port: Port = Field(default=7441, description="Port to listen on.")
     token_file: AbsolutePath | None = Field(
         default=None,
-        description="File with the bearer token that clients must send; one line, mode 0600. "
+        description="File with the bearer tokens that clients must send, one a line: a plain token "
+        "of 16 characters or more (then mode 0600), or <name> read|write sha256:<its SHA-256>. "
         "Needed. Default: the systemd credential api-token, where there is one.",
     )
     tls_cert: AbsolutePath | None = Field(
