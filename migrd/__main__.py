@@ -8,6 +8,8 @@ import click
 
 from migrd.cli.main import build
 from migrd.config import DEFAULT_PATH, load
+from migrd.demo.command import demo
+from migrd.doctor.command import doctor
 
 
 @click.command("serve", short_help="Run the daemon of this host")
@@ -31,9 +33,7 @@ def serve(config_path: Path | None) -> None:
 
 def main() -> None:
     """Entry point of `migrd`."""
-    from migrd.demo.command import demo
-
-    build([serve, demo])()
+    build([serve, doctor, demo])()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from migrd.demo.errors import DemoFailed
 from migrd.demo.image import Pattern
-from migrd.demo.run import Plan, end_kept, run
 
 
 @click.command("demo", short_help="Two hosts on this machine, and a guest that moves")
@@ -63,6 +62,10 @@ def demo(
     of them, moves it live to the other, and proves from outside that it went on: its count has no
     gap, its memory is right byte for byte, and one copy runs. Leaves nothing behind.
     """
+    try:  # needs more than the daemon does: a throw-away CA, numpy
+        from migrd.demo.run import Plan, end_kept, run
+    except ImportError as exc:
+        raise click.ClickException(f"{exc}: install it with pip install 'migrd[demo]'") from exc
     console = Console(highlight=False)
     if kept is not None:
         try:
