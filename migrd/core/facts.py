@@ -189,6 +189,13 @@ class TransferSample:
     """time.monotonic() when this QEMU's STOP event arrived here; None if it has not."""
     resumed_at_s: float | None = None
 
+    @property
+    def is_of_arrival(self) -> bool:
+        """Its `completed` is that of the migration by which the guest came to this QEMU, which
+        keeps saying so: a guest that has left does not run and is not merely paused."""
+        still_here = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
+        return self.qemu_status is QemuStatus.COMPLETED and self.run_state in still_here
+
 
 @dataclass(frozen=True)
 class Round:

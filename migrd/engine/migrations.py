@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import structlog
 
+from migrd.core.facts import RunState
 from migrd.core.handover import DestinationPhase, DestinationState
 from migrd.core.migration import MigrationState, Mode
 from migrd.core.phases import Instruction, Phase, Trigger
@@ -177,8 +178,18 @@ class Migrations:
 
     def _arrived(self, i: Incoming) -> None:
         """The guest runs here: it is one of this host's VMs now."""
+        state = RunState.RUNNING if i.state.run_guest else RunState.PAUSED
         busy = i.id if i.state.mode is Mode.POSTCOPY else None
-        self.vms.put(Entry(i.stored.spec, i.state.epoch, here=True, vmm=i.vmm, migration_id=busy))
+        self.vms.put(
+            Entry(
+                i.stored.spec,
+                i.state.epoch,
+                here=True,
+                vmm=i.vmm,
+                run_state=state,
+                migration_id=busy,
+            )
+        )
 
     async def _run_incoming(self, i: Incoming) -> None:
         try:

@@ -86,13 +86,15 @@ class Steering:
         self._holding = False
         self._hastened = False
         self._last: Decision | None = None
+        self._began_at_s = float("-inf")
 
     async def begin(self) -> None:
         """Issue `migrate`, unless QEMU's migration is already under way (we were restarted)."""
         m = self._m
         sample = await m.vmm.sample()
         m.throttle_percent = sample.throttle_percent or 0
-        if m.resumed and sample.qemu_status is not QemuStatus.NONE:
+        untouched = sample.qemu_status is QemuStatus.NONE or sample.is_of_arrival
+        if m.resumed and not untouched:
             m.log.info("found the migration going on", qemu_status=sample.qemu_status.value)
             if m.state.mode is Mode.POSTCOPY and sample.qemu_status is QemuStatus.ACTIVE:
                 await m.vmm.start_postcopy()  # chosen, and perhaps never said
@@ -101,6 +103,7 @@ class Steering:
             raise MigrdError("the destination's address is not known", code="no_address")
         m.resumed = True  # from here on a second run of this step must not issue it again
         await m.vmm.start_outgoing(m.state.address)
+        self._began_at_s = m.world.clock.monotonic_s()
 
     # Looking --------------------------------------------------------------------------------
 
@@ -108,7 +111,7 @@ class Steering:
         """One sample (or the passing of time): the event that ends the step, if it is one."""
         m = self._m
         now_s = m.world.clock.monotonic_s()
-        if sample is not None:
+        if sample is not None and sample.at_s >= self._began_at_s:  # else of an earlier migration
             self._note(sample, now_s)
             ended = await self._ended(sample)
             if ended is not None:
@@ -138,7 +141,8 @@ class Steering:
     async def _ended(self, sample: TransferSample) -> MigrationEvent | None:
         """QEMU has left precopy, one way or the other."""
         m = self._m
-        if sample.qemu_status in LEFT_PRECOPY:
+        if sample.qemu_status in LEFT_PRECOPY and not sample.is_of_arrival:
+            self._record_qemus_decision(sample)
             stopped_at_s = sample.stopped_at_s or sample.at_s
             return m.event(Trigger.SWITCHOVER_REACHED, stopped_at_s=stopped_at_s)
         if sample.qemu_status is QemuStatus.FAILED:
@@ -148,6 +152,24 @@ class Steering:
                 "cancelled_outside", "somebody else cancelled the migration on QEMU's monitor"
             )
         return None
+
+    def _record_qemus_decision(self, sample: TransferSample) -> None:
+        """QEMU began the switchover before we said so: its decision is kept like ours."""
+        m, last = self._m, self._last
+        if last is not None and last.verdict in (Verdict.SWITCH_OVER, Verdict.START_POSTCOPY):
+            return
+        expected = m.sample.expected_downtime_s if m.sample is not None else None
+        figure = "" if expected is None else f", expected downtime {expected * 1000:.0f} ms"
+        message = (
+            f"QEMU's own figures fit the limit of {m.state.policy.downtime_limit_s * 1000:.0f} ms"
+            f"{figure}"
+        )
+        number = m.rounds[-1].number if m.rounds else 0
+        guess = estimate(tuple(m.rounds), m.state.policy)
+        decision = Decision(
+            Verdict.SWITCH_OVER, "fits_by_qemu", message, number, sample.at_s, guess
+        )
+        record_decision(m, decision)
 
     def _refused(self) -> MigrationEvent | None:
         view = self._destination

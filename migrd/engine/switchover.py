@@ -145,7 +145,7 @@ async def _continue(m: Outgoing) -> None:
 def _verdict(m: Outgoing, sample: TransferSample) -> tuple[bool, MigrationEvent | None]:
     """(is it over, the event if it went wrong)."""
     status = sample.qemu_status
-    if status is QemuStatus.COMPLETED:
+    if status is QemuStatus.COMPLETED and not sample.is_of_arrival:
         return True, None
     if status in (QemuStatus.POSTCOPY_ACTIVE, QemuStatus.POSTCOPY_PAUSED):
         return m.state.mode is Mode.POSTCOPY, None
