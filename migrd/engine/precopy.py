@@ -86,6 +86,7 @@ class Steering:
         self._holding = False
         self._hastened = False
         self._last: Decision | None = None
+        self._taken_over = m.resumed
         self._began_at_s = float("-inf")
 
     async def begin(self) -> None:
@@ -313,8 +314,12 @@ class Steering:
                 await self._set_limits()
 
     async def after_death(self, exc: VmmDied) -> MigrationEvent:
-        """The source process is gone. Only the destination can say whether it has everything."""
+        """The source process is gone. It has not completed without our migrate-continue; if an
+        earlier daemon may have said that, only the destination knows whether it has everything."""
         m = self._m
+        if not self._taken_over:
+            text = f"{exc.message} while the guest was being copied"
+            return m.event(Trigger.GUEST_DIED, cause=_cause(exc, text))
         view = await _last_word(m)
         if view is not None and view.phase is DestinationPhase.REFUSED:
             from_ = f"{exc.message} while the guest was being copied; the copy was not complete"

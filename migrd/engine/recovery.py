@@ -27,6 +27,8 @@ from migrd.errors import JournalError
 
 log = structlog.get_logger(__name__)
 
+NOT_MOVING: Final = frozenset({Phase.PENDING, Phase.PREFLIGHT, Phase.PREPARING})
+"""What QEMU says of a migration in these phases is about an earlier one."""
 ARRIVED: Final = frozenset({DestinationPhase.RUNNING, DestinationPhase.STARTING})
 
 
@@ -116,7 +118,7 @@ class _Recovery:
             if state.is_terminal:
                 continue
             await self._restore_observations(stored.id)
-            m.resumed = state.phase is not Phase.PENDING
+            m.resumed = state.phase not in NOT_MOVING
             m.log.info("migration taken up again", phase=state.phase.value)
             self._migrations.begin_outgoing(m)
 

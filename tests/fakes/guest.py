@@ -43,6 +43,8 @@ class Guest:
         self.version = 0
         self.runs: list[Run] = []
         self.violations: list[str] = []
+        self.may_end = False
+        """Somebody wants it stopped."""
         self.running_on: Holder | None = None
         self.holders: list[Holder] = []
 
@@ -85,7 +87,7 @@ class Guest:
 
     def check_kept(self, by: str) -> None:
         """After migrd ended a process: the guest must still be somewhere (I2)."""
-        if not self.whole_copies:
+        if not self.whole_copies and not self.may_end:
             self.violate(f"I2: the last whole copy was destroyed: {by}")
 
     @property

@@ -124,6 +124,10 @@ class FakeLauncher:
             qemu.cont()
         return self._handle(qemu)
 
+    def handle(self, name: str) -> FakeVmm:
+        """This daemon's connection to the living QEMU of a VM."""
+        return self._handles[self.host.qemu(name).instance]
+
     def _handle(self, qemu: FakeQemu) -> FakeVmm:
         return self._handles.setdefault(qemu.instance, FakeVmm(qemu))
 

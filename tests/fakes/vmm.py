@@ -298,8 +298,10 @@ class FakeVmm:
         await asyncio.sleep(LATENCY_S)
         if self.qemu.ignores_quit:
             raise VmmTimedOut(f"QEMU of {self.vm} was not seen to exit (pid {self.pid})")
+        was_whole = self.qemu in self.qemu.guest.whole_copies
         self.qemu.die("terminated by migrd")
-        self.qemu.guest.check_kept(f"migrd ended {self.qemu.name}")
+        if was_whole:
+            self.qemu.guest.check_kept(f"migrd ended {self.qemu.name}")
         await asyncio.sleep(LATENCY_S)
 
 

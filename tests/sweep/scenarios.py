@@ -14,6 +14,8 @@ from tests.fakes.road import LATE_S, Loss
 from tests.fakes.virtual_time import now_s, until
 from tests.fakes.world import VM, Pair
 
+KILLED_BEFORE = Fault(after_effect=False)
+
 
 class OnCall:
     """A plan: strike the first call of that name."""

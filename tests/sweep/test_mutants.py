@@ -15,8 +15,8 @@ import pytest
 
 from migrd.core import handover
 from migrd.core.handover import DestinationPhase, DestinationTrigger, advance_destination
-from migrd.core.migration import Instruction, MigrationEvent
-from migrd.core.phases import Trigger
+from migrd.core.migration import MigrationEvent
+from migrd.core.phases import Instruction, Trigger
 from migrd.engine import migrations
 from migrd.engine.incoming import Incoming
 from migrd.engine.outgoing import Outgoing
