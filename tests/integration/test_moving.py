@@ -35,9 +35,14 @@ async def test_a_guest_moves_from_qemu_7_2_to_10_and_back(
     async with fleet(short_tmp_path, pair, image=BUSY) as two:
         await two.start_guest("alpha")
         for moves, (source, destination) in enumerate([("alpha", "beta"), ("beta", "alpha")], 1):
-            migration = await two.migrate(source, destination)
+            migration = await two.migrate(
+                source, destination, policy={"max_bandwidth_bytes_per_s": 40 << 20}
+            )
             seen = await two.ended(source, migration)
             assert seen["phase"] == "succeeded", seen["cause"]
+            # a guest that came by migration leaves like any other: copied while it runs
+            assert seen["progress"]["rounds"] >= 2, seen["progress"]
+            assert seen["blackout_ms"] < 1500, seen["blackout_ms"]
             await two.prove(moves, on=destination)
 
 
