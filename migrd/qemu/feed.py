@@ -133,6 +133,8 @@ class QemuFeed:
                 pace_s = LOST_PACE_S  # the next question waits for the connection by itself
             except VmmError as failure:
                 log.debug("no sample: %s", failure)
+            except Exception:  # a bug of ours must not leave a migration without eyes
+                log.exception("no sample")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pace_s):
                     await self._kicked.wait()

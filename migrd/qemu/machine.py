@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from migrd.core.facts import (
     Feature,
+    QemuStatus,
     RunState,
     TransferAddress,
     TransferSample,
@@ -51,6 +52,8 @@ KILL_GRACE_S: Final = 5.0
 RECONNECT_WAIT_S: Final = 1.0
 UNANSWERED_LIMIT: Final = 3
 """So many commands without an answer mean that the monitor is blocked."""
+_BEFORE_THE_END: Final = (QemuStatus.NONE, QemuStatus.SETUP, QemuStatus.ACTIVE)
+"""Of a destination. 7.2 says nothing at all while it listens, later ones say `setup`."""
 YANK_MIGRATION: Final[Arguments] = {"instances": [{"type": "migration"}]}
 
 log = logging.getLogger(__name__)
@@ -211,8 +214,10 @@ class Machine:
         listen_host: str,
         ports: PortRange | None = None,
     ) -> TransferAddress:
-        port = samples.read_port(await self._ask("query-migrate"))
-        if port is None:  # else it listens already, and the answer to that was lost
+        migrate = await self._ask("query-migrate")
+        has_had_its_one = samples.read_status(migrate) not in _BEFORE_THE_END
+        port = None if has_had_its_one else samples.read_port(migrate)
+        if port is None:  # else an earlier call has done it, and its answer was lost
             schema = await self.schema()
             await prepare(self._ask, schema, settings, tls, is_outgoing=False)
             uri = migration.listen_uri(listen_host, ports)

@@ -258,25 +258,27 @@ class Monitor:
     async def _keep_connected(self) -> None:
         retry_s = FIRST_RETRY_S
         while True:
+            started_s = time.monotonic()
             try:
-                connection = await connect_qmp(
-                    self.path,
-                    self._deliver,
-                    deadline_s=self._greeting_deadline_s,
-                    observe=self._observe,
-                )
+                await self._connect_and_serve()
             except VmmError as failure:
                 self._set_state(False, failure.message)
-            else:
-                started_s = time.monotonic()
-                try:
-                    await self._serve(connection)
-                finally:
-                    await connection.end()
-                if time.monotonic() - started_s >= SETTLED_S:
-                    retry_s = FIRST_RETRY_S
+            except Exception as bug:  # must not leave the VM unreachable for good
+                log.exception("monitor %s", self.path)
+                self._set_state(False, f"a bug: {bug!r}")
+            if time.monotonic() - started_s >= SETTLED_S + self._greeting_deadline_s:
+                retry_s = FIRST_RETRY_S
             await asyncio.sleep(retry_s)
             retry_s = min(retry_s * 2, LAST_RETRY_S)
+
+    async def _connect_and_serve(self) -> None:
+        connection = await connect_qmp(
+            self.path, self._deliver, deadline_s=self._greeting_deadline_s, observe=self._observe
+        )
+        try:
+            await self._serve(connection)
+        finally:
+            await connection.end()
 
     async def _serve(self, connection: QmpConnection) -> None:
         """From a new connection to its end."""
@@ -291,6 +293,7 @@ class Monitor:
         finally:
             self._connection = None
             self._set_state(False, reason)
+            log.info("monitor %s: disconnected: %s", self.path, reason)
             self._tell(Gap(GapKind.DISCONNECTED, None))
 
     def _set_state(self, is_connected: bool, reason: str) -> None:

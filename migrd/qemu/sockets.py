@@ -22,7 +22,10 @@ def open_socket(path: Path) -> socket.socket:
 
     Raises MonitorBusy when the listener's queue is full, VmmUnreachable when nobody listens.
     """
-    plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as failure:  # no descriptor left, for one
+        raise VmmUnreachable(f"{path}: {failure.strerror}", code="qmp_no_socket") from failure
     try:
         _connect(plain, path)
     except BlockingIOError:
@@ -30,7 +33,8 @@ def open_socket(path: Path) -> socket.socket:
         raise MonitorBusy(f"{path}: other clients wait for this monitor already") from None
     except OSError as failure:
         plain.close()
-        raise VmmUnreachable(f"{path}: {failure.strerror}", code="qmp_no_socket") from failure
+        why = failure.strerror or str(failure)  # "AF_UNIX path too long" has no errno
+        raise VmmUnreachable(f"{path}: {why}", code="qmp_no_socket") from failure
     return plain
 
 

@@ -277,6 +277,18 @@ async def test_a_destination_prepared_twice_listens_once(world: World) -> None:
     assert first.port > 0
 
 
+async def test_a_destination_that_has_had_its_migration_takes_no_other(world: World) -> None:
+    source, destination, address = await prepared(world, FAST)
+    async with source.feed() as feed:
+        await source.start_outgoing(address)
+        await status_seen(feed, QemuStatus.PRE_SWITCHOVER)
+        await source.continue_switchover()
+        await status_seen(feed, QemuStatus.COMPLETED)
+    await state_reached(destination, RunState.PAUSED)
+    with pytest.raises(VmmRefused):
+        await destination.prepare_incoming(FAST, None, "127.0.0.1")
+
+
 async def test_preparing_a_source_twice_is_the_same_as_once(world: World) -> None:
     source, _destination, address = await prepared(world, FAST)
     await source.prepare_outgoing(FAST, None)

@@ -170,7 +170,9 @@ async def test_a_reader_that_never_reads_costs_a_bounded_queue() -> None:
         assert feed.latest.qemu_dirty_sync_count == 999
 
 
-@pytest.mark.parametrize("trouble", [NotSent("no connection"), ReplyLate("no reply")])
+@pytest.mark.parametrize(
+    "trouble", [NotSent("no connection"), ReplyLate("no reply"), KeyError("a bug of ours")]
+)
 async def test_a_blocked_monitor_is_silence_and_its_return_is_the_truth(
     trouble: Exception,
 ) -> None:

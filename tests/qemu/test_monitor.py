@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from migrd.qemu import monitor as monitor_module
 from migrd.qemu.monitor import EventStream, Gap, GapKind, Monitor
+from migrd.qemu.qmp import QmpConnection, connect_qmp
 from migrd.qemu.wire import AnswerLost, NotSent, QmpEvent
 from tests.fakes.qmp_server import FakeQmp, Fault
 from tests.qemu.conftest import Served
@@ -107,6 +110,24 @@ async def test_a_monitor_held_by_another_client_is_had_when_that_one_leaves(
             await first.close()
             await second.wait_connected(within_s=10)
             assert await second.execute("query-status")
+
+
+async def test_a_bug_or_a_lack_of_descriptors_does_not_end_the_trying(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    troubles: list[Exception] = [RuntimeError("a bug"), OSError(24, "Too many open files")]
+    connect = connect_qmp
+
+    async def troubled(*arguments: Any, **options: Any) -> QmpConnection:
+        if troubles:
+            raise troubles.pop(0)
+        return await connect(*arguments, **options)
+
+    monkeypatch.setattr(monitor_module, "connect_qmp", troubled)
+    async with Monitor(served.path) as monitor:
+        await monitor.wait_connected(within_s=5)
+        assert await monitor.execute("query-status")
+    assert "a bug" in caplog.text
 
 
 async def test_closing_ends_its_task_and_its_connection(served: Served) -> None:
