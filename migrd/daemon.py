@@ -43,7 +43,7 @@ from migrd.peer.server import serve_peers
 from migrd.peer.tls import PeerTls, TlsFiles
 from migrd.qemu.launch import QemuLauncher
 from migrd.qemu.profile_files import load_profiles
-from migrd.systemd import Notifier
+from migrd.systemd import Notifier, listen_fds
 
 log = structlog.get_logger(__name__)
 
@@ -245,8 +245,12 @@ async def _listen_for_clients(
         gate=Gate(frozenset(api.allow_uids), frozenset(api.allow_gids)),
     )
     server = await stack.enter_async_context(serving(app))
-    gid = await in_thread(_gid, api.socket_group)
-    await server.serve_unix(api.socket, mode=api.socket_mode, gid=gid)
+    inherited = listen_fds()
+    for each in inherited:
+        await server.serve_inherited(each.socket)
+    if not inherited:
+        gid = await in_thread(_gid, api.socket_group)
+        await server.serve_unix(api.socket, mode=api.socket_mode, gid=gid)
     await _listen_on_tcp(settings, server)
 
 

@@ -200,6 +200,13 @@ class ApiServer:
         await web.SockSite(self._runner, sock, backlog=BACKLOG).start()
         log.info("listening", path=str(path))
 
+    async def serve_inherited(self, sock: socket.socket) -> None:
+        """Listen on a unix socket that systemd has made, with the owner and mode it gave it."""
+        if sock.family != socket.AF_UNIX:
+            raise ConfigError("of the sockets systemd hands over, only unix sockets are served")
+        await web.SockSite(self._runner, sock, backlog=BACKLOG).start()
+        log.info("listening", path=str(sock.getsockname()), by="systemd")
+
     async def serve_tcp(
         self,
         host: str,

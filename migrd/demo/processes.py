@@ -7,6 +7,7 @@ memory lies and the guest's own mark stands in it).
 
 import contextlib
 import os
+import select
 import signal
 import time
 from collections.abc import Iterator
@@ -112,24 +113,26 @@ def _state(task: Path) -> str:
 
 
 def end(pids: list[int]) -> None:
-    """Kill processes we started, and see them gone. Blocking."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, OSError):
-            pidfd = os.pidfd_open(pid)
-            try:
+    """Kill processes we started, and see them gone with all they held open. Blocking.
+
+    A pidfd tells that the last thread has gone; /proc shows a zombie as soon as the first has, when
+    sockets may still be open.
+    """
+    with contextlib.ExitStack() as stack:
+        dying = select.poll()
+        left = set()
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                pidfd = os.pidfd_open(pid)
+                stack.callback(os.close, pidfd)
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            finally:
-                os.close(pidfd)
-    give_up_at = time.monotonic() + END_S
-    while time.monotonic() < give_up_at and any(_lives(pid) for pid in pids):
-        time.sleep(0.01)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return _state(PROC / str(pid)) != "Z"
-    except OSError:
-        return False
+                dying.register(pidfd, select.POLLIN)
+                left.add(pidfd)
+        give_up_at = time.monotonic() + END_S
+        while left and (rest_s := give_up_at - time.monotonic()) > 0:
+            for pidfd, _ in dying.poll(rest_s * 1000):
+                dying.unregister(pidfd)
+                left.discard(pidfd)
 
 
 def is_daemon_of(pid: int, directory: Path) -> bool:

@@ -70,7 +70,11 @@ class Plan:
 
 async def run(plan: Plan, console: Console) -> int:
     """Run the demo; the exit code of `migrd demo`."""
-    directory = await in_thread(_make_directory, plan.directory)
+    try:
+        directory = await in_thread(_make_directory, plan.directory)
+    except (DemoFailed, OSError) as exc:
+        console.print(f"[bold red]The demo cannot begin:[/] {exc}", highlight=False)
+        return 1
     demo = Demo(plan, directory, console)
     done = False
     try:

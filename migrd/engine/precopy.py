@@ -159,12 +159,8 @@ class Steering:
         m, last = self._m, self._last
         if last is not None and last.verdict in (Verdict.SWITCH_OVER, Verdict.START_POSTCOPY):
             return
-        expected = m.sample.expected_downtime_s if m.sample is not None else None
-        figure = "" if expected is None else f", expected downtime {expected * 1000:.0f} ms"
-        message = (
-            f"QEMU's own figures fit the limit of {m.state.policy.downtime_limit_s * 1000:.0f} ms"
-            f"{figure}"
-        )
+        limit_ms = m.state.policy.downtime_limit_s * 1000
+        message = f"QEMU found that what is left fits the limit of {limit_ms:.0f} ms"
         number = m.rounds[-1].number if m.rounds else 0
         guess = estimate(tuple(m.rounds), m.state.policy)
         decision = Decision(
