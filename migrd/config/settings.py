@@ -189,7 +189,7 @@ class ApiSettings(_Section):
         description="Numeric groups whose members may use the socket.",
     )
     body_limit_bytes: Annotated[int, Field(ge=1024, le=2**30)] = Field(
-        default=1 << 20, description="Longest request body accepted, in bytes."
+        default=1 << 16, description="Longest request body accepted, in bytes."
     )
     tcp: ApiTcpSettings | None = Field(default=None)
 
@@ -254,7 +254,9 @@ class MigrationSettings(_Section):
     tls_dir: AbsolutePath | None = Field(
         default=None,
         description="Directory with ca-cert.pem, server-cert.pem, server-key.pem, client-cert.pem "
-        'and client-key.pem for QEMU. Needed with tls = "required" once there is a peer.',
+        'and client-key.pem for QEMU. Needed with tls = "required" once there is a peer. Without a '
+        "dh-params.pem beside them QEMU makes new parameters for each migration, which takes about "
+        "a second of it.",
     )
     outgoing_slots: Slots = Field(
         default=2, description="Migrations away from this host at one time; others wait. 0: none."
