@@ -6,6 +6,9 @@ defaults. So both directions can be repeated, and a daemon restarted in between 
 
 The order matters: parameters name the TLS objects, so objects come first on the way in and last on
 the way out. QEMU refuses new capabilities while a migration runs, `cancelling` included.
+
+Trap: without a `dh-params.pem` beside the certificates, QEMU's server side searches for a prime of
+its own when the object is made: 0.4 to several seconds, its whole monitor blocked meanwhile.
 """
 
 import contextlib
@@ -39,6 +42,9 @@ QEMU_DEFAULTS: Final[Mapping[str, object]] = MappingProxyType(
 """Of the parameters migrd sets; a test compares them with a fresh QEMU."""
 
 
+OBJECT_DEADLINE_S: Final = 30.0
+
+
 class Ask(Protocol):
     async def __call__(
         self, command: str, arguments: Arguments | None = None, *, deadline_s: float | None = None
@@ -69,7 +75,7 @@ async def prepare(
         for arguments in migration.tls_objects(
             schema, settings, tls.directory, is_outgoing=is_outgoing
         ):
-            await ask("object-add", arguments)
+            await ask("object-add", arguments, deadline_s=OBJECT_DEADLINE_S)
     chosen = migration.parameters(schema, settings, is_outgoing=is_outgoing)
     await ask("migrate-set-parameters", chosen)
 

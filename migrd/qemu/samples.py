@@ -2,8 +2,10 @@
 
 QEMU mixes units (megabit/s, byte/s, ms) and leaves numbers out freely: nearly all of them before
 the first pass and after `failed` or `cancelled`. Here each becomes seconds and bytes, or None. Two
-zeros are "not measured yet" and become None as well: `mbps` until the first 100 ms window has
-passed, `dirty-pages-rate` until the second dirty sync (qapi/migration.json; seen on 7.2 and 10.0).
+zeros are "not measured yet" and become None as well:
+- `mbps` until the first 100 ms window has passed;
+- `dirty-pages-rate` until the second dirty sync, and while syncs follow each other faster than once
+  a second: QEMU renews it no more often. A zero beside bytes that were found dirty is that case.
 """
 
 from migrd.core.facts import QemuStatus, RunState, TransferSample
@@ -23,8 +25,6 @@ def read_sample(
     """One TransferSample from the answers to `query-migrate` and `query-status`."""
     answer = json_object(migrate)
     ram = json_object(answer.get("ram"))
-    syncs = _integer(ram.get("dirty-sync-count"))
-    dirty_rate = _number(ram.get("dirty-pages-rate"))
     mbps = _number(ram.get("mbps"))
     return TransferSample(
         at_s=at_s,
@@ -33,9 +33,9 @@ def read_sample(
         total_bytes=_integer(ram.get("total")),
         remaining_bytes=_integer(ram.get("remaining")),
         transferred_bytes=_integer(ram.get("transferred")),
-        dirty_pages_per_s=dirty_rate if syncs is not None and syncs >= 2 else None,
+        dirty_pages_per_s=_dirty_rate(ram),
         page_size_bytes=_integer(ram.get("page-size")),
-        qemu_dirty_sync_count=syncs,
+        qemu_dirty_sync_count=_integer(ram.get("dirty-sync-count")),
         bandwidth_bytes_per_s=mbps * BYTES_PER_MEGABIT if mbps else None,
         expected_downtime_s=_seconds(answer.get("expected-downtime")),
         downtime_s=_seconds(answer.get("downtime")),
@@ -49,6 +49,13 @@ def read_sample(
         stopped_at_s=stopped_at_s,
         resumed_at_s=resumed_at_s,
     )
+
+
+def _dirty_rate(ram: dict[str, object]) -> float | None:
+    rate = _number(ram.get("dirty-pages-rate"))
+    if (_integer(ram.get("dirty-sync-count")) or 0) < 2:
+        return None
+    return None if rate == 0 and ram.get("remaining") != 0 else rate
 
 
 def read_status(migrate: object) -> QemuStatus:

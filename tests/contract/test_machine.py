@@ -148,8 +148,9 @@ async def test_every_status_comes_in_order_and_rounds_are_seen(world: World) -> 
         assert sample.page_size_bytes == 4096
         assert sample.total_bytes is not None
         assert sample.total_bytes >= 64 * MIB
-        assert sample.dirty_pages_per_s is not None
-        assert sample.dirty_pages_per_s > 100
+        # QEMU measures it once a second at most, however fast the rounds are
+        sample = await seen(feed, lambda s: s.dirty_pages_per_s is not None, "a dirty rate")
+        assert (sample.dirty_pages_per_s or 0) > 100
         assert sample.bandwidth_bytes_per_s is not None
         order = list(dict.fromkeys(s for s in statuses if s is not QemuStatus.NONE))
         assert order == [QemuStatus.SETUP, QemuStatus.ACTIVE]

@@ -60,8 +60,10 @@ def test_a_number_not_measured_yet_is_none_and_not_zero() -> None:
     sample = samples.read_sample(first_pass, {}, at_s=0.0)
     assert sample.bandwidth_bytes_per_s is None
     assert sample.dirty_pages_per_s is None
-    second = {"ram": {"dirty-sync-count": 2, "dirty-pages-rate": 0}}
-    assert samples.read_sample(second, {}, at_s=0.0).dirty_pages_per_s == 0  # truly idle
+    too_soon = {"ram": {"dirty-sync-count": 3, "dirty-pages-rate": 0, "remaining": 8 << 20}}
+    assert samples.read_sample(too_soon, {}, at_s=0.0).dirty_pages_per_s is None
+    idle = {"ram": {"dirty-sync-count": 2, "dirty-pages-rate": 0, "remaining": 0}}
+    assert samples.read_sample(idle, {}, at_s=0.0).dirty_pages_per_s == 0
 
 
 def test_statuses_of_later_qemus_are_unknown_and_none_at_all_is_none() -> None:
