@@ -241,7 +241,7 @@ async def fleet(
     if proxied:
         more["alpha"]["roster"] = f'migration_host = "{STREAM_HOST}"\n'
         more["beta"]["migration"] = more["beta"].get("migration", "") + (
-            f"port_range = [{port}, {port}]\n"
+            f"incoming_slots = 1\nport_range = [{port}, {port}]\n"
         )
     pair = await asyncio.to_thread(
         hosts.lay_out,
