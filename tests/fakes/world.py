@@ -320,11 +320,11 @@ class Pair:
 
         await until(quiet, within_s=200.0, what="both daemons at rest")
 
-    async def migrates_again(self, vm: str = VM) -> None:
+    async def migrates_again(self, vm: str = VM, *, times: int = 2) -> None:
         """Wherever the guest is, it can be moved to the other host (I11), and back."""
         await self.settle(vm)
         self.ground.calm()
-        for _ in range(2):
+        for _ in range(times):
             source = self.running_on(vm)
             assert source is not None, "the guest runs nowhere"
             view = await self.migrate(vm, source=source)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable, Mapping
 
 from migrd.core.facts import QemuStatus, RunState
 from migrd.core.migration import Policy, WhenNotConverging
+from migrd.core.phases import Phase
 from migrd.errors import MigrdError
 from tests.fakes.virtual_time import now_s
 from tests.fakes.wire import MIB
@@ -88,6 +90,35 @@ async def source_dies_in_switchover(pair: Pair) -> str:
             qemu.die("killed by the test")
     pair.ground.wire.swallows_ack = False
     return migration_id
+
+
+async def after_a_round_trip(pair: Pair) -> str:
+    """The guest has come here by a migration; its QEMU still says `completed`."""
+    return await pair.ask()
+
+
+async def after_a_cancelled_one(pair: Pair) -> str:
+    """Its QEMU still says `cancelled`."""
+    return await pair.ask()
+
+
+async def _there_and_back(pair: Pair) -> None:
+    for source in ("alpha", "beta"):
+        assert (await pair.migrate(source=source)).phase == Phase.SUCCEEDED
+        await pair.settle()
+
+
+async def _one_cancelled(pair: Pair) -> None:
+    assert (await pair.until_over(await cancelled_in_precopy(pair))).phase == Phase.CANCELLED
+    await pair.settle()
+    pair.ground.calm()
+
+
+BEFORE: Mapping[object, Callable[[Pair], Awaitable[None]]] = {
+    after_a_round_trip: _there_and_back,
+    after_a_cancelled_one: _one_cancelled,
+}
+"""What happens before the sweep of a script begins."""
 
 
 def _slow_down(pair: Pair) -> None:

@@ -21,6 +21,7 @@ from tests.fakes.gate import Fault, errors_of
 from tests.fakes.road import Faults, Loss
 from tests.fakes.virtual_time import VirtualTimeLoop, until
 from tests.fakes.world import VM, Pair
+from tests.sweep.scripts import BEFORE
 
 UNCOUNTED = frozenset({"peer.hello", "launcher.find", "launcher.versions"})
 """Calls of the background that no migration depends on."""
@@ -114,16 +115,18 @@ def _readable(entries: list[MutableMapping[str, Any]]) -> list[str]:
 async def _run(
     script: Script, strikes: Mapping[str, Strike], losing: Faults, cut_off_s: float = 0.0
 ) -> Finished:
-    pair = Pair()
+    pair = Pair(watch_interval_s=7.0, peer_interval_s=31.0)  # a quiet background
     pair.plans.update(strikes)
     async with pair:
         await pair.boot()
+        await BEFORE.get(script, _nothing)(pair)
+        known = {view.id for view in pair.alpha.service.migrations()[1]}
         pair.road.faults = losing
         for strike in strikes.values():
             strike.is_armed = True
         keeper = asyncio.create_task(_restart_whoever_died(pair, cut_off_s))
         try:
-            finished = await _to_the_end(pair, script)
+            finished = await _to_the_end(pair, script, known)
             for strike in strikes.values():
                 strike.is_armed = False
             pair.road.heal()
@@ -132,8 +135,12 @@ async def _run(
             keeper.cancel()
             await asyncio.wait([keeper])
         await _check_truth(pair, finished)
-        await pair.migrates_again()
+        await pair.migrates_again(times=1)
     return finished
+
+
+async def _nothing(pair: Pair) -> None:
+    """Most guests have no past."""
 
 
 async def _restart_whoever_died(pair: Pair, cut_off_s: float) -> None:
@@ -153,13 +160,13 @@ async def _restart_whoever_died(pair: Pair, cut_off_s: float) -> None:
                 await pair.restart(name)
 
 
-async def _to_the_end(pair: Pair, script: Script) -> Finished:
+async def _to_the_end(pair: Pair, script: Script, known: set[str]) -> Finished:
     try:
         migration_id: str | None = await script(pair)
     except (MigrdError, asyncio.CancelledError):
         await asyncio.sleep(0.1)  # a daemon that died in the middle of the request is back
-        views = [v for v in pair.alpha.service.migrations()[1] if v.vm == VM]
-        migration_id = views[0].id if views else None
+        new = {view.id for view in pair.alpha.service.migrations()[1]} - known
+        migration_id = next(iter(new), None)
     if migration_id is None:
         return Finished(None, None)
     view = await pair.until_over(migration_id)

@@ -54,6 +54,8 @@ def sweep(script: Script, side: str, kinds: str) -> Iterator[tuple[Strike, Finis
         (scripts.cancelled_in_precopy, ALL, {Phase.CANCELLED}),
         (scripts.several_rounds, DEATHS, {Phase.SUCCEEDED}),
         (scripts.paused_guest, DEATHS, {Phase.SUCCEEDED}),
+        (scripts.after_a_round_trip, DEATHS, {Phase.SUCCEEDED}),
+        (scripts.after_a_cancelled_one, DEATHS, {Phase.SUCCEEDED}),
         (scripts.stalled_after_continue, DEATHS, {Phase.ROLLED_BACK}),
         (scripts.destination_dies_in_switchover, DEATHS, {Phase.ROLLED_BACK}),
         (scripts.source_dies_in_switchover, DEATHS, {Phase.SUCCEEDED}),
