@@ -91,7 +91,8 @@ class Reception:
         settings: TransferSettings,
     ) -> DestinationView:
         """Store, launch, and answer with the address to send the guest to."""
-        async with self._preparing:  # two at once must not both pass the checks
+        lock = self._migrations.vms.lock(vm.name)
+        async with lock, self._preparing:  # two at once must not both pass the checks
             i = self._migrations.incoming.get(migration_id)
             if i is None:
                 await self._make_room(vm.name, epoch)

@@ -6,12 +6,11 @@ it: queued, already so, or denied with a named reason.
 """
 
 import asyncio
-import secrets
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import fields
-from typing import Any, Final
+from typing import Any
 
 import structlog
 
@@ -22,6 +21,7 @@ from migrd.core.migration import Cause, Mode, Policy, Refusal, Request, begin
 from migrd.core.phases import Phase, Trigger
 from migrd.engine import views
 from migrd.engine.host import HostFacts
+from migrd.engine.lifecycle import Lifecycle
 from migrd.engine.migrations import QUEUE_LIMIT, Migrations
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import Peer, StoredRequest, Vmm
@@ -36,13 +36,10 @@ from migrd.engine.service import (
     Resolution,
     VmView,
 )
-from migrd.engine.threads import in_thread
 from migrd.engine.vms import Entry, VmTable
-from migrd.errors import Conflict, Invalid, NotFound, Unavailable, Violation, VmmDied
+from migrd.errors import Conflict, Invalid, NotFound, Unavailable, Violation
 
 log = structlog.get_logger(__name__)
-
-STOP_S: Final = 30.0
 
 
 class Registry:
@@ -53,6 +50,7 @@ class Registry:
         self._world = migrations.world
         self._vms: VmTable = migrations.vms
         self._host = host
+        self._lifecycle = Lifecycle(migrations)
         self._creating = asyncio.Lock()
 
     # Host -------------------------------------------------------------------------------------
@@ -73,116 +71,20 @@ class Registry:
         return views.of_vm(self._vms.require(name), self._world)
 
     async def define_vm(self, spec: VmSpec, *, dry_run: bool) -> tuple[VmView, bool]:
-        """A new VM from a profile, or the profile of an adopted one."""
-        if spec.profile is not None:
-            await in_thread(self._world.launcher.check, spec)
-        entry = self._vms.get(spec.name)
-        if entry is None and spec.profile is None:
-            raise Invalid(
-                f"{spec.name} has no profile",
-                [Violation("profile", "missing", "name a launch profile of this host")],
-            )
-        self._check_definable(entry, spec)
-        if dry_run:
-            shown = Entry(spec) if entry is None else entry
-            return views.of_vm(shown, self._world), entry is None
-        created = entry is None
-        if entry is None:
-            self._vms.note_epoch(spec.name, await self._world.journal.last_epoch(spec.name))
-            entry = Entry(spec, epoch=self._vms.last_epoch(spec.name))
-        else:
-            entry.spec = spec
-        await self._world.journal.put_vm(entry.stored())
-        self._vms.put(entry)
-        return views.of_vm(entry, self._world), created
-
-    def _check_definable(self, entry: Entry | None, spec: VmSpec) -> None:
-        if entry is None or entry.spec == spec:
-            return
-        if entry.migration_id is not None:
-            raise Conflict(
-                f"{spec.name} is being migrated ({entry.migration_id})", code="already_migrating"
-            )
-        launched = entry.vmm is not None and not entry.vmm.is_dead and entry.managed
-        if launched:
-            raise Conflict(
-                f"{spec.name} runs as profile {entry.spec.profile} with other parameters: stop it "
-                "before it is defined anew",
-                code="vm_running",
-            )
+        async with self._vms.lock(spec.name):
+            return await self._lifecycle.define(spec, dry_run=dry_run)
 
     async def forget_vm(self, name: str) -> None:
-        entry = self._vms.require(name)
-        if self._migrations.active_of(name) is not None:
-            raise Conflict(f"{name} is being migrated", code="already_migrating")
-        if entry.vmm is not None and not entry.vmm.is_dead:
-            raise Conflict(f"{name} has a running QEMU: stop it first", code="vm_running")
-        vmm = entry.vmm
-        await self._world.journal.delete_vm(name)
-        self._vms.remove(name)
-        if vmm is not None:
-            await self._world.launcher.forget(vmm)
+        async with self._vms.lock(name):
+            await self._lifecycle.forget(name)
 
     async def start_vm(self, name: str) -> VmView:
-        entry = self._vms.require(name)
-        if entry.vmm is not None and not entry.vmm.is_dead:
-            return views.of_vm(entry, self._world)
-        self._check_startable(entry)
-        entry.starting = True
-        old = entry.vmm
-        try:
-            self._vms.detach(entry)
-            if old is not None:
-                await self._world.launcher.forget(old)
-            vmm = await self._world.launcher.launch(
-                entry.spec, secrets.token_hex(4), incoming=False
-            )
-        except VmmDied as exc:
-            raise Conflict(exc.message, code="launch_failed") from exc
-        finally:
-            entry.starting = False
-        entry.vmm, entry.managed, entry.here = vmm, True, True
-        await self._world.journal.put_vm(entry.stored())
-        self._vms.watch(entry)
-        await self._vms.look(entry)
-        self._vms.changed(entry)
-        return views.of_vm(entry, self._world)
-
-    def _check_startable(self, entry: Entry) -> None:
-        name = entry.spec.name
-        if self._migrations.active_of(name) is not None or entry.incoming:
-            raise Conflict(f"{name} is being migrated", code="already_migrating")
-        if not entry.here:
-            raise Conflict(
-                f"{name} has moved away from this host: a second copy is never started. When it is "
-                "proven gone there, forget it here (DELETE) and define it anew",
-                code="vm_departed",
-            )
-        if entry.spec.profile is None:
-            raise Conflict(f"{name} was not launched by migrd", code="vm_adopted")
-        if entry.starting:
-            raise Conflict(f"{name} is being started", code="already_starting")
+        async with self._vms.lock(name):
+            return await self._lifecycle.start(name)
 
     async def stop_vm(self, name: str) -> VmView:
-        entry = self._vms.require(name)
-        if self._migrations.active_of(name) is not None:
-            raise Conflict(
-                f"{name} is being migrated ({entry.migration_id}): cancel that first",
-                code="already_migrating",
-            )
-        if entry.vmm is not None and not entry.vmm.is_dead:
-            try:
-                async with asyncio.timeout(STOP_S):
-                    await entry.vmm.quit()
-            except TimeoutError:
-                raise Unavailable(f"{name} has not ended yet", code="stop_timed_out") from None
-        vmm = entry.vmm
-        self._vms.detach(entry)
-        await self._world.journal.put_vm(entry.stored())
-        if vmm is not None:
-            await self._world.launcher.forget(vmm)
-        self._vms.changed(entry)
-        return views.of_vm(entry, self._world)
+        async with self._vms.lock(name):
+            return await self._lifecycle.stop(name)
 
     # Migrations: asking for one -------------------------------------------------------------
 
@@ -237,7 +139,7 @@ class Registry:
     async def create_migration(
         self, request: Request, *, idempotency_key: str | None, body_digest: str
     ) -> tuple[MigrationView, bool]:
-        async with self._creating:
+        async with self._vms.lock(request.vm), self._creating:
             before = await self._same_key(idempotency_key, body_digest)
             if before is not None:
                 return before, False

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 from typing import Final
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -73,6 +74,7 @@ class VmTable:
         self._group = group
         self._entries: dict[str, Entry] = {}
         self._epochs: dict[str, int] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def all(self) -> list[Entry]:
         """By name."""
@@ -80,6 +82,13 @@ class VmTable:
 
     def get(self, name: str) -> Entry | None:
         return self._entries.get(name)
+
+    def lock(self, name: str) -> asyncio.Lock:
+        """Held by whoever changes what a VM is: one at a time. Kept while somebody has it."""
+        lock = self._locks.get(name)
+        if lock is None:
+            lock = self._locks[name] = asyncio.Lock()
+        return lock
 
     def last_epoch(self, name: str) -> int:
         """The highest epoch at which this host has had to do with a VM of that name."""

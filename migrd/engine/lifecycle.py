@@ -1,0 +1,145 @@
+"""VMs on this host: defined, started, stopped, forgotten; never against a migration.
+
+One thing at a time is done with a VM: the caller holds the VM's lock (`VmTable.lock`), which the
+creation of a migration, and of an incoming one, takes as well.
+"""
+
+import asyncio
+import secrets
+from typing import Final
+
+from migrd.core.facts import VmSpec
+from migrd.engine import views
+from migrd.engine.migrations import Migrations
+from migrd.engine.service import VmView
+from migrd.engine.threads import in_thread
+from migrd.engine.vms import Entry, VmTable
+from migrd.errors import Conflict, Invalid, Unavailable, Violation, VmmDied
+
+STOP_S: Final = 30.0
+
+
+class Lifecycle:
+    """What clients may do with VMs."""
+
+    def __init__(self, migrations: Migrations) -> None:
+        self._migrations = migrations
+        self._world = migrations.world
+        self._vms: VmTable = migrations.vms
+
+    async def define(self, spec: VmSpec, *, dry_run: bool) -> tuple[VmView, bool]:
+        """A new VM from a profile, or the profile of an adopted one."""
+        if spec.profile is not None:
+            await in_thread(self._world.launcher.check, spec)
+        entry = self._vms.get(spec.name)
+        if entry is None and spec.profile is None:
+            raise Invalid(
+                f"{spec.name} has no profile",
+                [Violation("profile", "missing", "name a launch profile of this host")],
+            )
+        self._check_definable(entry, spec)
+        if dry_run:
+            shown = Entry(spec) if entry is None else entry
+            return views.of_vm(shown, self._world), entry is None
+        created = entry is None
+        if entry is None:
+            self._vms.note_epoch(spec.name, await self._world.journal.last_epoch(spec.name))
+            entry = Entry(spec, epoch=self._vms.last_epoch(spec.name))
+        else:
+            entry.spec = spec
+        await self._world.journal.put_vm(entry.stored())
+        self._vms.put(entry)
+        return views.of_vm(entry, self._world), created
+
+    def _check_definable(self, entry: Entry | None, spec: VmSpec) -> None:
+        if entry is None or entry.spec == spec:
+            return
+        if entry.migration_id is not None:
+            raise Conflict(
+                f"{spec.name} is being migrated ({entry.migration_id})", code="already_migrating"
+            )
+        launched = entry.vmm is not None and not entry.vmm.is_dead and entry.managed
+        if launched:
+            raise Conflict(
+                f"{spec.name} runs as profile {entry.spec.profile} with other parameters: stop it "
+                "before it is defined anew",
+                code="vm_running",
+            )
+
+    async def forget(self, name: str) -> None:
+        entry = self._vms.require(name)
+        if self._migrations.active_of(name) is not None:
+            raise Conflict(f"{name} is being migrated", code="already_migrating")
+        if entry.vmm is not None and not entry.vmm.is_dead:
+            raise Conflict(f"{name} has a running QEMU: stop it first", code="vm_running")
+        vmm = entry.vmm
+        await self._world.journal.delete_vm(name)
+        self._vms.remove(name)
+        if vmm is not None:
+            await self._world.launcher.forget(vmm)
+
+    async def start(self, name: str) -> VmView:
+        entry = self._vms.require(name)
+        if entry.vmm is not None and not entry.vmm.is_dead:
+            return views.of_vm(entry, self._world)
+        self._check_startable(entry)
+        entry.starting = True
+        old = entry.vmm
+        try:
+            self._vms.detach(entry)
+            if old is not None:
+                await self._world.launcher.forget(old)
+            vmm = await self._world.launcher.launch(
+                entry.spec, secrets.token_hex(4), incoming=False
+            )
+        except VmmDied as exc:
+            raise Conflict(exc.message, code="launch_failed") from exc
+        finally:
+            entry.starting = False
+        entry.vmm, entry.managed, entry.here = vmm, True, True
+        await self._world.journal.put_vm(entry.stored())
+        self._vms.watch(entry)
+        await self._vms.look(entry)
+        self._vms.changed(entry)
+        return views.of_vm(entry, self._world)
+
+    def _check_startable(self, entry: Entry) -> None:
+        name = entry.spec.name
+        if self._migrations.active_of(name) is not None or entry.incoming:
+            raise Conflict(f"{name} is being migrated", code="already_migrating")
+        if not entry.here:
+            raise Conflict(
+                f"{name} has moved away from this host: a second copy is never started. When it is "
+                "proven gone there, forget it here (DELETE) and define it anew",
+                code="vm_departed",
+            )
+        if entry.spec.profile is None:
+            raise Conflict(f"{name} was not launched by migrd", code="vm_adopted")
+        if entry.starting:
+            raise Conflict(f"{name} is being started", code="already_starting")
+
+    async def stop(self, name: str) -> VmView:
+        entry = self._vms.require(name)
+        if self._migrations.active_of(name) is not None:
+            raise Conflict(
+                f"{name} is being migrated ({entry.migration_id}): cancel that first",
+                code="already_migrating",
+            )
+        if entry.vmm is not None and not entry.managed:
+            raise Conflict(
+                f"{name} was not launched by migrd: stop it where it was started",
+                code="vm_adopted",
+            )
+        if entry.vmm is not None and not entry.vmm.is_dead:
+            try:
+                async with asyncio.timeout(STOP_S):
+                    await entry.vmm.quit()
+            except TimeoutError:
+                raise Unavailable(f"{name} has not ended yet", code="stop_timed_out") from None
+        vmm = entry.vmm
+        self._vms.detach(entry)
+        await self._world.journal.put_vm(entry.stored())
+        if vmm is not None:
+            await self._world.launcher.forget(vmm)
+        self._vms.changed(entry)
+        return views.of_vm(entry, self._world)
