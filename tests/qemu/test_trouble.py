@@ -44,13 +44,14 @@ async def test_a_broken_answer_in_the_middle_of_a_migration_costs_no_more_than_t
     world: FakeWorld, fault: Fault
 ) -> None:
     source, _destination, address = await prepared(world, FAST)
-    source._call_deadline_s = 0.3
     async with source.feed() as feed:
         await source.start_outgoing(address)
+        source._call_deadline_s = 0.5  # for what is never answered
         world.vms[source].qmp.faults = [None, fault, None, fault]
         await status_seen(feed, QemuStatus.PRE_SWITCHOVER)
         await source.wait_connected(within_s=5)
         await until(lambda: not world.vms[source].qmp.faults)
+        source._call_deadline_s = 5.0
         await source.wait_connected(within_s=5)
         await source.continue_switchover()
         await status_seen(feed, QemuStatus.COMPLETED)
@@ -61,18 +62,19 @@ async def test_a_blocked_qemu_is_not_buried_in_questions_and_is_freed_out_of_ban
 ) -> None:
     source, _destination, address = await prepared(world, FAST)
     qemu = world.vms[source].qmp
-    source._call_deadline_s = 0.1
     async with source.feed() as feed:
         await source.start_outgoing(address)
         await status_seen(feed, QemuStatus.PRE_SWITCHOVER)
+        source._call_deadline_s = 0.1
         world.network.stalled = True
-        await source.continue_switchover()
+        await source.monitor.execute("migrate-continue", {"state": "pre-switchover"}, deadline_s=5)
         await until(lambda: not qemu.unblocked.is_set())
         with pytest.raises(VmmTimedOut):
             await source.run_state()
         await asyncio.sleep(1.5)  # the feed tries on meanwhile
         assert source.monitor.unanswered <= UNANSWERED_LIMIT + 2
         assert source.is_reachable
+        source._call_deadline_s = 5.0
         await source.free_stalled()
         await seen(feed, lambda s: s.run_state is RunState.RUNNING, "the guest running again")
     assert (await source.sample()).qemu_status is QemuStatus.FAILED
