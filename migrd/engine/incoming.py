@@ -13,24 +13,20 @@ ran, and the view says so (`vmm_died`). In postcopy it does not refuse by time-o
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import structlog
 
-from migrd.core.facts import QemuStatus, RunState, TransferAddress, TransferSample
+from migrd.core.facts import QemuStatus, RunState, TransferSample
 from migrd.core.handover import (
-    DestinationEvent,
     DestinationPhase,
-    DestinationState,
     DestinationTrigger,
-    advance_destination,
 )
 from migrd.core.migration import Mode
 from migrd.core.phases import TERMINAL, IllegalTransition, Phase
-from migrd.engine.ports import DestinationView, Peer, StoredIncoming, StoredVm, Vmm
-from migrd.engine.world import World
+from migrd.engine.incoming_record import IncomingRecord
+from migrd.engine.ports import Vmm
 from migrd.errors import (
     Conflict,
     JournalError,
@@ -47,97 +43,11 @@ log = structlog.get_logger(__name__)
 
 TICK_S: Final = 0.5
 RETRY_S: Final = 0.25
-STARTED: Final = frozenset({DestinationPhase.STARTING, DestinationPhase.RUNNING})
 ENDED_THERE: Final = frozenset(phase.value for phase in TERMINAL - {Phase.SUCCEEDED})
 
 
-class Incoming:
+class Incoming(IncomingRecord):
     """The destination's side of one migration."""
-
-    def __init__(
-        self, world: World, stored: StoredIncoming, state: DestinationState, source: Peer | None
-    ) -> None:
-        self.world = world
-        self.stored = stored
-        self.state = state
-        self.source = source
-        self.vmm: Vmm | None = None
-        self.sample: TransferSample | None = None
-        self.generation = 1
-        self.resource_version = 0
-        self.entered: list[tuple[DestinationPhase, float, float]] = [
-            (state.phase, stored.created_wall_s, world.clock.monotonic_s())
-        ]
-        self.vmm_died = False
-        self.guest_running = False
-        self.transfer_completed = False
-        self.note: str | None = None
-        """What keeps it from going on, in words."""
-        self.on_running: Callable[[Incoming], None] = lambda _: None
-        self._run_guest = state.run_guest
-        self._granted = asyncio.Event()
-        self._wanted_refusal: str | None = None
-        self._newer = asyncio.Event()
-        self._poke = asyncio.Event()
-        self._unsaved: list[DestinationEvent] = []
-        self._heard_at_s = world.clock.monotonic_s()
-        self.log = log.bind(vm=stored.spec.name, migration_id=stored.id)
-
-    @property
-    def id(self) -> str:
-        return self.stored.id
-
-    @property
-    def is_over(self) -> bool:
-        """Nothing is left to be done for it."""
-        if self.state.phase is DestinationPhase.REFUSED:
-            return True
-        if self.state.phase is DestinationPhase.RUNNING:
-            return self.state.mode is Mode.PRECOPY or self.transfer_completed or self.vmm_died
-        # dead while starting: an operator's word to the source is what ends the migration
-        return self.state.phase is DestinationPhase.STARTING and self.vmm_died
-
-    @property
-    def is_settled(self) -> bool:
-        """GRANT can be answered for good."""
-        settled = (DestinationPhase.RUNNING, DestinationPhase.REFUSED)
-        return self.state.phase in settled or self.vmm_died
-
-    def view(self) -> DestinationView:
-        """What the source is told."""
-        return DestinationView(
-            migration_id=self.id,
-            epoch=self.state.epoch,
-            phase=self.state.phase,
-            generation=self.generation,
-            address=self.state.address,
-            reason=self.state.reason or self.note,
-            vmm_died=self.vmm_died,
-            transfer_completed=self.transfer_completed,
-            guest_running=self.guest_running,
-        )
-
-    async def wait_newer(self, generation: int, within_s: float) -> DestinationView:
-        """The view, as soon as its generation exceeds the one given or time is over."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                while self.generation <= generation:
-                    await self._newer.wait()
-        return self.view()
-
-    def restore(self, events: Sequence[DestinationEvent]) -> None:
-        """After a restart: the timeline as journalled; what runs is seen by the task."""
-        state = DestinationState(self.id, self.stored.epoch)
-        self.entered = [(state.phase, self.stored.created_wall_s, self.entered[0][2])]
-        for event in events:
-            state = advance_destination(state, event)
-            self.entered.append((state.phase, event.wall_s, event.monotonic_s))
-        if events:
-            self.entered[0] = (self.entered[0][0], self.entered[0][1], events[0].monotonic_s)
-        if state.phase is DestinationPhase.RUNNING:
-            self.guest_running = True
-            self.transfer_completed = state.mode is Mode.PRECOPY
-        self.generation += len(events)
 
     # Messages from the source -------------------------------------------------------------
 
@@ -304,6 +214,11 @@ class Incoming:
         self.transfer_completed = True
         self._tell("migration.changed")
 
+    def _living(self) -> Vmm:
+        if self.vmm is None:
+            raise VmmDied(f"the QEMU of {self.stored.spec.name} for this migration is gone")
+        return self.vmm
+
     # Giving up ------------------------------------------------------------------------------
 
     async def _given_up(self, what: str) -> bool:
@@ -383,61 +298,3 @@ class Incoming:
                 self.log.warning("the discarded QEMU does not end", cause=exc.message)
                 await asyncio.sleep(RETRY_S)
         await self.world.launcher.forget(vmm)
-
-    # Applying events --------------------------------------------------------------------------
-
-    def _living(self) -> Vmm:
-        if self.vmm is None:
-            raise VmmDied(f"the QEMU of {self.stored.spec.name} for this migration is gone")
-        return self.vmm
-
-    async def _apply(
-        self,
-        *triggers: DestinationTrigger,
-        address: TransferAddress | None = None,
-        mode: Mode | None = None,
-        run_guest: bool | None = None,
-        reason: str | None = None,
-    ) -> None:
-        """Advance, save in one transaction, publish. An observation (loaded) is saved later."""
-        clock, state = self.world.clock, self.state
-        events = []
-        for trigger in triggers:
-            event = DestinationEvent(
-                trigger, clock.wall_s(), clock.monotonic_s(), address, mode, run_guest, reason
-            )
-            state = advance_destination(state, event)
-            events.append(event)
-        if triggers == (DestinationTrigger.GUEST_LOADED,):
-            self._unsaved += events
-        else:
-            vm = self._vm_after(state)
-            await self.world.journal.append_incoming(self.id, [*self._unsaved, *events], vm)
-            self._unsaved = []
-        self._enter(state)
-
-    def _vm_after(self, state: DestinationState) -> StoredVm | None:
-        if state.phase in STARTED:
-            return StoredVm(self.stored.spec, state.epoch, True, self.stored.instance)
-        return None
-
-    def _enter(self, state: DestinationState) -> None:
-        old, self.state = self.state, state
-        now_s = self.world.clock.monotonic_s()
-        lasted_s = now_s - self.entered[-1][2]
-        self.entered.append((state.phase, self.world.clock.wall_s(), now_s))
-        self.world.observer.phase_changed("destination", old.phase, state.phase, lasted_s)
-        self.log.info("phase", phase=state.phase.value, reason=state.reason)
-        if state.phase is DestinationPhase.RUNNING:
-            self.world.observer.migration_ended("destination", "running", "none")
-            self.on_running(self)
-        self._tell("migration.phase")
-
-    def _tell(self, kind: str) -> None:
-        self.generation += 1
-        body = {"phase": self.state.phase.value, "generation": self.generation}
-        self.resource_version = self.world.stream.publish(
-            kind, body, vm=self.stored.spec.name, migration_id=self.id
-        )
-        self._newer.set()
-        self._newer = asyncio.Event()

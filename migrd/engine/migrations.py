@@ -17,6 +17,7 @@ from migrd.core.handover import DestinationPhase, DestinationState
 from migrd.core.migration import MigrationState, Mode
 from migrd.core.phases import Instruction, Phase, Trigger
 from migrd.engine.incoming import Incoming
+from migrd.engine.incoming_record import IncomingRecord
 from migrd.engine.outgoing import Outgoing, Step
 from migrd.engine.ports import Peer, StoredIncoming, StoredRequest, Vmm
 from migrd.engine.precopy import run_precopy
@@ -176,7 +177,7 @@ class Migrations:
             entry.epoch = max(entry.epoch, i.state.epoch)
         self._spawn(self._run_incoming(i), f"incoming-{i.id[:8]}")
 
-    def _arrived(self, i: Incoming) -> None:
+    def _arrived(self, i: IncomingRecord) -> None:
         """The guest runs here: it is one of this host's VMs now."""
         state = RunState.RUNNING if i.state.run_guest else RunState.PAUSED
         busy = i.id if i.state.mode is Mode.POSTCOPY else None
