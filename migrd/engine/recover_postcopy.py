@@ -20,6 +20,9 @@ from migrd.errors import MigrdError, PeerError, VmmDied, VmmError
 TICK_S: Final = 0.5
 STALL_S: Final = 10.0
 RETRY_S: Final = 2.0
+RESUME_S: Final = 2.0
+"""So long a resumed connection may take to show that it works."""
+LOOK_S: Final = 0.05
 SURE_S: Final = 10.0
 """A destination that has answered for so long has looked at its QEMU meanwhile."""
 
@@ -28,12 +31,21 @@ async def finish_postcopy(m: Outgoing) -> MigrationEvent | None:
     """Until both sides are complete (None), or the guest is lost (the event)."""
     try:
         await _until_completed(m)
+    except _DestinationDied as exc:
+        text = f"the QEMU on {m.peer.name} died, and the guest with it ({exc}); the rest of its "
+        return m.event(
+            Trigger.GUEST_DIED, cause=Cause("vmm_died", f"{text}memory here is of no use")
+        )
     except VmmDied as exc:
         if await _destination_complete(m):
             return None
         message = f"{exc.message} while the guest on {m.peer.name} still needed memory from here"
         return m.event(Trigger.GUEST_DIED, cause=Cause(exc.code, message))
     return None
+
+
+class _DestinationDied(Exception):
+    """The process that ran the guest is proven dead."""
 
 
 async def _until_completed(m: Outgoing) -> None:
@@ -50,8 +62,9 @@ async def _until_completed(m: Outgoing) -> None:
                     m.settle("PostcopyPaused")
                     return
                 paused = sample.qemu_status is QemuStatus.POSTCOPY_PAUSED
-                if paused or now_s - moved_at_s > STALL_S:
-                    await _recover(m, paused=paused)
+                stalled = now_s - moved_at_s > STALL_S
+                if paused or stalled:
+                    await _recover(m, stalled=stalled)
                     moved_at_s = m.world.clock.monotonic_s()
             sample = await feed.newer(within_s=TICK_S)
             if sample is None:
@@ -66,23 +79,47 @@ def _note(m: Outgoing, sample: TransferSample) -> None:
         m.settle("PostcopyPaused")
 
 
-async def _recover(m: Outgoing, *, paused: bool) -> None:
+async def _recover(m: Outgoing, *, stalled: bool) -> None:
     """One attempt to mend the connection; what did not work is tried again by the caller."""
+    status = (await m.vmm.sample()).qemu_status
+    works = status is QemuStatus.POSTCOPY_ACTIVE and not stalled  # the feed may be behind
+    if works or status is QemuStatus.COMPLETED:
+        return
     m.trouble(
         "PostcopyPaused",
         f"the connection to {m.peer.name} broke in postcopy: the guest waits for memory that is "
         "still here; kill nothing on either side",
     )
     try:
-        if not paused:
+        if status is not QemuStatus.POSTCOPY_PAUSED:
             await m.vmm.pause_postcopy()
         address = await m.peer.listen_for_recovery(m.id)
         await m.vmm.resume_postcopy(address)
+        await _until_resumed(m)
     except VmmDied:
         raise
-    except MigrdError as exc:
-        m.log.warning("postcopy is not recovered yet", cause=exc.message)
+    except (MigrdError, TimeoutError) as exc:
+        m.log.warning("postcopy is not recovered yet", cause=str(exc) or "it paused again")
+        await _check_destination(m)
         await asyncio.sleep(RETRY_S)
+
+
+async def _until_resumed(m: Outgoing) -> None:
+    """Pages flow again. Raises TimeoutError."""
+    async with asyncio.timeout(RESUME_S):
+        while True:
+            status = (await m.vmm.sample()).qemu_status
+            if status in (QemuStatus.POSTCOPY_ACTIVE, QemuStatus.COMPLETED):
+                return
+            await asyncio.sleep(LOOK_S)
+
+
+async def _check_destination(m: Outgoing) -> None:
+    """Raises _DestinationDied on proof."""
+    with contextlib.suppress(PeerError):
+        view = await m.peer.view(m.id)
+        if view.vmm_died and not view.transfer_completed:
+            raise _DestinationDied(view.reason or "it gave no reason")
 
 
 async def _destination_complete(m: Outgoing) -> bool:
