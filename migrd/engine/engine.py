@@ -53,7 +53,11 @@ class Engine:
 
     async def _end(self) -> None:
         """Cancel every task of the group and wait for it."""
-        self._group.create_task(_raise_stopped(), name="stop")
+        stop = _raise_stopped()
+        try:
+            self._group.create_task(stop, name="stop")
+        except RuntimeError:  # a task has failed, and the group is ending already
+            stop.close()
         try:
             await self._group.__aexit__(None, None, None)
         except* _Stopped:
