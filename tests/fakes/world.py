@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from migrd.core.facts import VmSpec
-from migrd.core.migration import Policy, Request
+from migrd.core.migration import MigrationState, Policy, Request
 from migrd.core.phases import Phase
 from migrd.engine import host as host_module
 from migrd.engine import reception as reception_module
@@ -284,6 +284,10 @@ class Pair:
         view = self.view(migration_id, on)
         assert view.phase in phases, (view.phase, view.cause, view.refusals)
         return view
+
+    def engine_state(self, migration_id: str, on: str = "alpha") -> MigrationState:
+        """The source's state of a migration, as its owner task has it."""
+        return self.daemons[on].engine.migrations.outgoing[migration_id].state
 
     def stands(self, migration_id: str, on: str = "alpha") -> tuple[str | None, bool]:
         """(phase, is it over) as that host's daemon has it; (None, False) while it is down."""
