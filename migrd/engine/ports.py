@@ -128,7 +128,9 @@ class Vmm(Protocol):
     async def set_throttle(self, percent: int) -> None:
         """Let auto-converge slow the vCPUs to `percent` and no further."""
 
-    async def start_postcopy(self) -> None: ...
+    async def start_postcopy(self) -> None:
+        """Stop the guest here for good, and let it go by postcopy: whatever happens then, this
+        QEMU never runs it again by itself."""
 
     async def continue_switchover(self) -> None:
         """QMP `migrate-continue` at pre-switchover."""

@@ -241,7 +241,12 @@ class FakeVmm:
         await self._in_band(throttle)
 
     async def start_postcopy(self) -> None:
-        await self._in_band(lambda: self._transfer().start_postcopy())
+        def start() -> None:
+            transfer = self._transfer()
+            self.qemu.stop(RunState.PAUSED)  # or it would resume by itself when it fails
+            transfer.start_postcopy()
+
+        await self._in_band(start)
 
     async def continue_switchover(self) -> None:
         await self._in_band(lambda: self._transfer().continue_())
