@@ -105,6 +105,7 @@ class Migrations:
     ) -> Outgoing:
         """Know a migration; its task is begun unless it has ended."""
         m = Outgoing(self.world, stored, state, vmm, peer, STEPS)
+        m.on_ended = self._ended
         self.outgoing[m.id] = m
         return m
 
@@ -127,20 +128,27 @@ class Migrations:
                 self.start_pending()
                 self._forget_old()
 
-    async def _after_outgoing(self, m: Outgoing) -> None:
-        """What became of the VM here."""
+    def _ended(self, m: Outgoing) -> None:
+        """What became of the VM here; true by the time that a client can see the end."""
         entry = self.vms.get(m.stored.request.vm)
         if entry is None or entry.migration_id != m.id:
             return
         entry.migration_id = None
         if m.state.phase is Phase.SUCCEEDED:
             entry.here = False
-        if m.vmm.is_dead:
+        if m.vmm.is_dead and entry.vmm is m.vmm:
             self.vms.detach(entry)
-            await self._forget_files(m.vmm)
-        else:
-            await self.vms.look(entry)
         self.vms.changed(entry)
+
+    async def _after_outgoing(self, m: Outgoing) -> None:
+        """What may take its time."""
+        if m.vmm.is_dead:
+            await self._forget_files(m.vmm)
+            return
+        entry = self.vms.get(m.stored.request.vm)
+        if entry is not None and entry.vmm is m.vmm:
+            await self.vms.look(entry)
+            self.vms.changed(entry)
 
     async def _forget_files(self, vmm: Vmm) -> None:
         try:

@@ -27,7 +27,7 @@ from typing import Any, Final
 import structlog
 
 from migrd.core.convergence import Decision, Estimate
-from migrd.core.facts import Round, TransferSample, TransferSettings
+from migrd.core.facts import Round, TransferAddress, TransferSample, TransferSettings
 from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Cause, MigrationEvent, MigrationState, Mode, advance
 from migrd.core.phases import (
@@ -91,6 +91,8 @@ class Outgoing:
         self.resumed = False
         """True when this task took over from an earlier daemon process."""
         self.cancel_wished = False
+        self.on_ended: Callable[[Outgoing], None] = lambda _: None
+        """Called in the instant of the end, before anybody is told."""
         self._wishes: asyncio.Queue[MigrationEvent] = asyncio.Queue(maxsize=64)
         self._unsaved: list[MigrationEvent] = []
         self._unkept: deque[tuple[str, dict[str, object]]] = deque(maxlen=KEPT_ROUNDS)
@@ -116,6 +118,11 @@ class Outgoing:
             tls=self.world.options.tls is not None,
             peer_name=self.peer.name,
         )
+
+    def reachable(self, address: TransferAddress) -> TransferAddress:
+        """Where the destination listens, at the address that the roster names for the stream."""
+        host = self.world.options.migration_hosts.get(self.peer.name, address.host)
+        return TransferAddress(host, address.port)
 
     @property
     def deadline_at_s(self) -> float:
@@ -324,6 +331,7 @@ class Outgoing:
             if new.refusals and new.phase is Phase.REFUSED:
                 reason = new.refusals[0].code
             self.world.observer.migration_ended("source", new.phase, reason)
+            self.on_ended(self)
         self.changed("migration.phase")
 
     # Rounds and decisions ---------------------------------------------------------------------
