@@ -97,6 +97,7 @@ class Steering:
         untouched = sample.qemu_status is QemuStatus.NONE or sample.is_of_arrival
         if m.resumed and not untouched:
             m.log.info("found the migration going on", qemu_status=sample.qemu_status.value)
+            await self._set_limits()  # an earlier daemon may have held it
             if m.state.mode is Mode.POSTCOPY and sample.qemu_status is QemuStatus.ACTIVE:
                 await m.vmm.start_postcopy()  # chosen, and perhaps never said
             return
@@ -288,6 +289,7 @@ class Steering:
                 m.trouble("DestinationUnclear", exc.message)
                 await asyncio.sleep(TICK_S)
             except PeerError as exc:
+                generation = -1  # a daemon that was restarted counts anew
                 await self._hold(exc.message)
                 await asyncio.sleep(TICK_S)
             else:

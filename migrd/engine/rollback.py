@@ -194,6 +194,7 @@ async def _settled_there(m: Outgoing) -> DestinationView | None:
         except PeerError as exc:
             if exc.code == "not_found":
                 return None
+            generation = -1  # a daemon that was restarted counts anew
             m.trouble("DestinationUnreachable", exc.message)
             await asyncio.sleep(RETRY_S)
         else:

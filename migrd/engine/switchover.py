@@ -162,6 +162,7 @@ async def _destination_loaded(m: Outgoing) -> DestinationView:
         try:
             view = await m.peer.view(m.id, newer_than=generation, wait_s=ASK_S)
         except PeerError as exc:
+            generation = -1  # a daemon that was restarted counts anew
             m.trouble("DestinationUnreachable", exc.message)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_RETRY_S)
