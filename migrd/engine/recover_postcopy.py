@@ -61,6 +61,9 @@ async def _until_completed(m: Outgoing) -> None:
                 if sample.qemu_status is QemuStatus.COMPLETED:
                     m.settle("PostcopyPaused")
                     return
+                gave_up = sample.qemu_status is QemuStatus.FAILED
+                if gave_up and await _destination_complete(m):
+                    return
                 paused = sample.qemu_status is QemuStatus.POSTCOPY_PAUSED
                 stalled = now_s - moved_at_s > STALL_S
                 if paused or stalled:
