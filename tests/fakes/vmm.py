@@ -273,7 +273,9 @@ class FakeVmm:
 
         await self._out_of_band(pause)
 
-    async def listen_for_recovery(self, listen_host: str) -> TransferAddress:
+    async def listen_for_recovery(
+        self, listen_host: str, ports: tuple[int, int] | None = None
+    ) -> TransferAddress:
         def listen() -> TransferAddress:
             if self.qemu.status is not QemuStatus.POSTCOPY_PAUSED:
                 raise VmmRefused("Migrate recover can only be run when postcopy is paused.")
