@@ -23,7 +23,7 @@ from migrd.api.app import build_app
 from migrd.api.auth import Gate, load_tokens
 from migrd.api.models_migration import Defaults
 from migrd.api.server import ApiServer, serving
-from migrd.api.table import Limits
+from migrd.api.table import Limits, Scrape
 from migrd.config import Settings, Tls
 from migrd.engine.engine import Engine
 from migrd.engine.options import EngineOptions
@@ -232,9 +232,9 @@ async def _listen_for_clients(
 ) -> None:
     api = settings.api
 
-    def metrics() -> tuple[bytes, str, str]:
+    def metrics() -> Scrape:
         snapshot = exposition.serve()
-        return snapshot.body, snapshot.content_type, snapshot.etag
+        return Scrape(snapshot.body, snapshot.content_type, snapshot.etag, snapshot.gzipped)
 
     defaults = Defaults(settings.migration.default_policy(), settings.migration.multifd_channels)
     app = build_app(

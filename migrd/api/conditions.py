@@ -70,6 +70,16 @@ def is_known(headers: NoneMatch, current: str) -> bool:
     )
 
 
+def accepts_gzip(accept_encoding: str) -> bool:
+    """Whether a client takes gzip (RFC 9110 section 12.5.3). What is odd means no: plain bytes are
+    always understood."""
+    for offer in accept_encoding.split(","):
+        coding, _, weight = offer.partition(";")
+        if coding.strip().lower() in ("gzip", "x-gzip"):
+            return not re.fullmatch(r"\s*q\s*=\s*0(\.0*)?\s*", weight)
+    return False
+
+
 def require_match(headers: Match, current: str) -> None:
     """Raises PreconditionFailed (strong comparison, RFC 9110 section 13.1.1)."""
     given = headers.if_match

@@ -10,6 +10,7 @@ from migrd.api.auth import Scope
 from migrd.api.conditions import (
     NoneMatch,
     WatchQuery,
+    accepts_gzip,
     is_known,
     newer_anywhere,
     newer_than_seen,
@@ -20,7 +21,7 @@ from migrd.api.conditions import (
 from migrd.api.models_host import Check, Health, Host, Readiness, Vm, VmDefinition, VmList
 from migrd.api.models_migration import Plan, PlanRequest
 from migrd.api.problems import NotReady
-from migrd.api.table import Answer, Call, Reply, Tag, reply, reply_list, route, to_json
+from migrd.api.table import Answer, Call, Reply, Scrape, Tag, reply, reply_list, route, to_json
 from migrd.api.wire import Flag, Name, WireModel
 from migrd.engine.threads import in_thread
 from migrd.errors import Violation
@@ -260,11 +261,18 @@ async def readyz(call: Call) -> Reply:
     },
 )
 async def metrics(call: Call, headers: NoneMatch) -> Reply:
-    """Metrics for Prometheus, as last rendered: a scrape waits for nothing."""
-    body, content_type, etag = call.site.metrics()
-    if is_known(headers, etag):
-        return Reply(304, headers={"ETag": etag})
-    return Reply(200, body, content_type, {"ETag": etag})
+    """Metrics for Prometheus, as last rendered: a scrape waits for nothing.
+
+    Compressed with gzip for who accepts it.
+    """
+    scrape = Scrape(*call.site.metrics())
+    body, sent = scrape.body, {"ETag": scrape.etag, "Vary": "Accept-Encoding"}
+    if scrape.gzipped is not None and accepts_gzip(call.request.headers.get("Accept-Encoding", "")):
+        body, sent["ETag"] = scrape.gzipped, f'{scrape.etag[:-1]}-gzip"'
+        sent["Content-Encoding"] = "gzip"
+    if is_known(headers, sent["ETag"]):
+        return Reply(304, headers={"ETag": sent["ETag"], "Vary": sent["Vary"]})
+    return Reply(200, body, scrape.content_type, sent)
 
 
 @route(

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
-from typing import Any, Final, TypeAlias, TypeVar, get_type_hints
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar, get_type_hints
 
 import structlog
 from aiohttp import web
@@ -39,8 +39,19 @@ _AT_A_TIME: Final = 25
 _MOST_KEPT: Final = 2048
 _TOO_LONG: Final = "it takes too long; it may or may not take effect: look before you ask again"
 JSON_TYPE: Final = "application/json"
-MetricsSnapshot: TypeAlias = Callable[[], tuple[bytes, str, str]]
-"""(rendered metrics, their content type, their ETag with its quotes)."""
+
+
+class Scrape(NamedTuple):
+    """Rendered metrics."""
+
+    body: bytes
+    content_type: str
+    etag: str
+    """With its quotes."""
+    gzipped: bytes | None = None
+
+
+MetricsSnapshot: TypeAlias = Callable[[], tuple[bytes, str, str] | Scrape]
 
 
 @dataclass(frozen=True)
