@@ -104,7 +104,8 @@ class BareQmp(asyncio.Protocol):
         if (name, status) in self._seen:
             return self._seen[name, status]
         waiter = self._waiting[name, status] = self._loop.create_future()
-        return await waiter
+        at_s: float = await waiter
+        return at_s
 
     async def negotiate(self) -> None:
         await self._greeting
@@ -249,4 +250,3 @@ class BareScript:
             qemu.has_tls = True
         calls.append(qemu.qmp.call("migrate-set-parameters", chosen))
         await asyncio.gather(*calls)
-

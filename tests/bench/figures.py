@@ -9,8 +9,9 @@ each, to read them by.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Figure:
     reference_name: str
     judge: Judge
     bound: float
-    runs: int
-    command: str
+    runs: int = 0
+    command: str = ""
+    """The benchmark it comes from, as `python -m tests.bench` knows it."""
 
     @property
     def measured(self) -> float:
@@ -110,6 +112,11 @@ class Table:
     notes: list[str] = field(default_factory=list)
     """Paragraphs: where the time goes, and, loudly, what could not be measured here."""
 
+    @classmethod
+    def of(cls, command: str, runs: int, figures: Sequence[Figure], notes: Sequence[str]) -> Self:
+        """Figures of one benchmark."""
+        return cls([replace(one, runs=runs, command=command) for one in figures], list(notes))
+
     def missed(self, slack: float = 0.0) -> list[Figure]:
         return [figure for figure in self.figures if not figure.holds(slack)]
 
@@ -128,7 +135,9 @@ class Table:
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
 
     def markdown(self) -> str:
-        head = "| figure | bound | measured | the reference's own | command |\n|---|---|---|---|---|"
+        head = (
+            "| figure | bound | measured | the reference's own | command |\n|---|---|---|---|---|"
+        )
         rows = [
             f"| {f.name} | {f.bound_text} | {f.measured_text} | {f.reference_text} | "
             f"`python -m tests.bench {f.command}` |"

@@ -179,25 +179,17 @@ def phases_sum(answers: Sequence[dict[str, object]], totals_s: Sequence[float]) 
     return f"phases sum to the record's total within 2 %, and to the client's within {share:.1%}"
 
 
-def move_figures(ours: Measured, script: Measured, *, tls: bool, runs: int) -> list[Figure]:
+def move_figures(ours: Measured, script: Measured, *, tls: bool) -> list[Figure]:
     how = "TLS" if tls else "no TLS"
-    common = {"runs": runs, "command": "moving"}
-    total = (median(ours.total_s) * 1000, median(script.total_s) * 1000, "bare QMP script")
-    blackout = (median(ours.blackout_s) * 1000, median(script.blackout_s) * 1000)
-    answered = median(ours.answered_s) * 1000
+    bare = "bare QMP script"
+    total = (median(ours.total_s) * 1000, median(script.total_s) * 1000, bare)
+    blackout = (median(ours.blackout_s) * 1000, median(script.blackout_s) * 1000, bare)
+    answered = (median(ours.answered_s) * 1000, None, "QEMU's trace")
     return [
-        Figure(f"total time, {how}", "ms", *total, Judge.RATIO, 1.25, **common),
-        Figure(f"total time, {how}, added", "ms", *total, Judge.MORE, 60, **common),
-        Figure(
-            f"QEMU's `completed` to the answer `succeeded`, {how}",
-            *("ms", answered, None, "QEMU's trace", Judge.VALUE, 50),
-            **common,
-        ),
-        Figure(
-            f"blackout seen by the guest, {how}, added",
-            *("ms", *blackout, "bare QMP script", Judge.MORE, 15),
-            **common,
-        ),
+        Figure(f"total time, {how}", "ms", *total, Judge.RATIO, 1.25),
+        Figure(f"total time, {how}, added", "ms", *total, Judge.MORE, 60),
+        Figure(f"QEMU's `completed` to `succeeded`, {how}", "ms", *answered, Judge.VALUE, 50),
+        Figure(f"blackout seen by the guest, {how}, added", "ms", *blackout, Judge.MORE, 15),
     ]
 
 
@@ -205,8 +197,9 @@ def where_it_goes(name: str, measured: Measured) -> str:
     """The mean blackout by part."""
     parts = measured.segments
     lines = [f"where the blackout of {name} goes (mean of {len(parts)} moves, ms):"]
-    for part in parts[0]:
-        lines.append(f"  {statistics.fmean(one[part] for one in parts) * 1000:7.2f}  {part}")
+    lines += [
+        f"  {statistics.fmean(one[part] for one in parts) * 1000:7.2f}  {part}" for part in parts[0]
+    ]
     total_s = statistics.fmean(sum(one.values()) for one in parts)
     seen_s = statistics.fmean(measured.blackout_s)
     lines.append(f"  {total_s * 1000:7.2f}  in all; the guest's heartbeat says {seen_s * 1000:.2f}")
@@ -242,8 +235,10 @@ async def run(runs: int, *, tls: bool = True, guest: Guest | None = None) -> Tab
                     await measure(script, stamps, script.directory, theirs, keep=turn > 0)
     answers = rig.answers[1:]
     summed = phases_sum(answers, ours.total_s)
-    return Table(
-        move_figures(ours, theirs, tls=tls, runs=runs),
+    return Table.of(
+        "moving",
+        runs,
+        move_figures(ours, theirs, tls=tls),
         [
             where_the_total_goes(answers, ours) + "\n  " + summed,
             where_it_goes("migrd", ours),

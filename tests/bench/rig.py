@@ -135,9 +135,7 @@ class MigrdRig:
         logs = [
             await asyncio.to_thread(_durable, self.hosts[host].log, id_) for host in (here, there)
         ]
-        return Told(
-            _entered(self.answers[-1]["timeline"]), _entered(incoming["timeline"]), *logs
-        )
+        return Told(_entered(self.answers[-1]["timeline"]), _entered(incoming["timeline"]), *logs)
 
     async def metrics(self, host: int) -> str:
         async with self.sessions[host].get("http://m/metrics") as reply:
