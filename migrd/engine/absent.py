@@ -95,7 +95,9 @@ class AbsentVmm:
     async def pause_postcopy(self) -> None:
         self._nothing_known()
 
-    async def listen_for_recovery(self, listen_host: str) -> TransferAddress:
+    async def listen_for_recovery(
+        self, listen_host: str, ports: PortRange | None = None
+    ) -> TransferAddress:
         self._nothing_known()
 
     async def resume_postcopy(self, address: TransferAddress) -> None:

@@ -91,6 +91,9 @@ class Outgoing:
         self.resumed = False
         """True when this task took over from an earlier daemon process."""
         self.cancel_wished = False
+        self.may_have_run = True
+        """The source may have executed since the copy at the destination was taken. False only
+        while this process has watched it stand still without a gap."""
         self.on_ended: Callable[[Outgoing], None] = lambda _: None
         """Called in the instant of the end, before anybody is told."""
         self._wishes: asyncio.Queue[MigrationEvent] = asyncio.Queue(maxsize=64)
@@ -123,6 +126,12 @@ class Outgoing:
         """Where the destination listens, at the address that the roster names for the stream."""
         host = self.world.options.migration_hosts.get(self.peer.name, address.host)
         return TransferAddress(host, address.port)
+
+    @property
+    def has_left(self) -> bool:
+        """It ended, and the guest has run on the destination: nothing of it is on this host."""
+        passed = [entry.phase for entry in self.state.timeline]
+        return self.state.is_terminal and Phase.COMPLETING in passed
 
     @property
     def deadline_at_s(self) -> float:
@@ -311,7 +320,8 @@ class Outgoing:
         state = self.state
         if event.trigger in (Trigger.PREFLIGHT_PASSED, Trigger.TRANSFER_COMPLETED):
             return StoredVm(self.stored.spec, state.epoch, here=True, instance=self.vmm.instance)
-        if event.trigger is Trigger.SOURCE_RELEASED:
+        lost_there = event.trigger is Trigger.GUEST_DIED and state.phase is Phase.COMPLETING
+        if event.trigger is Trigger.SOURCE_RELEASED or lost_there:
             return StoredVm(self.stored.spec, state.epoch, here=False, instance=None)
         return None
 

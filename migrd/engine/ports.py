@@ -145,8 +145,11 @@ class Vmm(Protocol):
     async def pause_postcopy(self) -> None:
         """Out-of-band `migrate-pause`."""
 
-    async def listen_for_recovery(self, listen_host: str) -> TransferAddress:
-        """Out-of-band `migrate-recover` on a paused postcopy destination."""
+    async def listen_for_recovery(
+        self, listen_host: str, ports: PortRange | None = None
+    ) -> TransferAddress:
+        """Out-of-band `migrate-recover` on a paused postcopy destination; listens as
+        `prepare_incoming` does."""
 
     async def resume_postcopy(self, address: TransferAddress) -> None:
         """`migrate` with resume on a paused postcopy source."""

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from migrd.core.facts import TransferAddress, VmFacts, VmSpec
+from migrd.core.facts import VmFacts, VmSpec
 from migrd.core.migration import MigrationEvent, Refusal, Request
 from migrd.core.phases import Trigger
 from migrd.core.preflight import DestinationFacts, Preflight, SourceFacts, check
@@ -112,6 +112,4 @@ async def prepare_destination(m: Outgoing) -> MigrationEvent:
     if view.address is None:
         why = view.reason or f"it is {view.phase.value}"
         return m.failed("destination_refused", f"{m.peer.name} did not get ready: {why}")
-    host = m.world.options.migration_hosts.get(m.peer.name, view.address.host)
-    address = TransferAddress(host, view.address.port)
-    return m.event(Trigger.DESTINATION_PREPARED, address=address)
+    return m.event(Trigger.DESTINATION_PREPARED, address=m.reachable(view.address))

@@ -11,6 +11,7 @@ from typing import Final
 
 from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
 from migrd.core.handover import DestinationPhase, DestinationState
+from migrd.core.migration import Mode
 from migrd.engine.incoming import Incoming
 from migrd.engine.memory import memory_available_bytes
 from migrd.engine.migrations import Migrations
@@ -95,7 +96,7 @@ class Reception:
         async with lock, self._preparing:  # two at once must not both pass the checks
             i = self._migrations.incoming.get(migration_id)
             if i is None:
-                await self._make_room(vm.name, epoch)
+                await self._make_room(source, migration_id, vm.name, epoch)
                 i = await self._store(source, migration_id, epoch, vm, settings)
         deadline_s = self._world.options.prepare_deadline_s
         async with asyncio.timeout(deadline_s + 1.0):
@@ -103,8 +104,10 @@ class Reception:
                 await i.wait_newer(i.generation, 1.0)
         return i.view()
 
-    async def _make_room(self, vm: str, epoch: int) -> None:
-        """Raises Conflict or Unavailable. An older attempt with the same VM is discarded."""
+    async def _make_room(self, source: str, migration_id: str, vm: str, epoch: int) -> None:
+        """Raises Conflict or Unavailable. An older attempt of the same source is discarded."""
+        if migration_id in self._migrations.outgoing:
+            raise Conflict(f"{migration_id} is a migration of this host", code="id_taken")
         self._migrations.vms.note_epoch(vm, await self._world.journal.last_epoch(vm))
         last_epoch = self._migrations.vms.last_epoch(vm)
         if epoch <= last_epoch:
@@ -113,7 +116,11 @@ class Reception:
                 code="stale_epoch",
             )
         older = self._migrations.active_of(vm)
-        if isinstance(older, Incoming):
+        if (
+            isinstance(older, Incoming)
+            and older.stored.source == source  # who asks anew has given the older one up
+            and older.state.mode is Mode.PRECOPY
+        ):
             await _refused(older, f"superseded by a migration of epoch {epoch}")
         if self._is_present(vm) or self._migrations.active_of(vm) is not None:
             raise Conflict(f"a VM named {vm} is here already", code="vm_exists_at_destination")
@@ -181,7 +188,11 @@ class Reception:
         """Never to be granted: refuse."""
         i = self._known(migration_id)
         self._check_epoch(i, epoch)
-        await _refused(i, f"{source}: {reason}")
+        if i.is_over:
+            await i.take_back(f"{source}: {reason}")
+            self._migrations.taken_back(i)
+        else:
+            await _refused(i, f"{source}: {reason}")
         return i.view()
 
     async def listen_for_recovery(self, source: str, migration_id: str) -> TransferAddress:
@@ -191,8 +202,9 @@ class Reception:
             raise Conflict("its QEMU is gone", code="vmm_died")
         with contextlib.suppress(VmmRefused):  # paused already
             await i.vmm.pause_postcopy()
+        options = self._world.options
         try:
-            return await i.vmm.listen_for_recovery(self._world.options.listen_host)
+            return await i.vmm.listen_for_recovery(options.listen_host, options.ports)
         except VmmError as exc:
             raise Unavailable(exc.message, code=exc.code) from exc
 

@@ -5,6 +5,11 @@ wherever it needs a page; it is recovered again and again, with an alarm, for as
 processes live:
 
     pause both (out of band) -> destination listens again -> source resumes -> postcopy-active
+
+A break at the very end makes the source's QEMU `failed`, or leaves it waiting for ever (7.2), and
+it cannot be resumed. The destination may have everything all the same, and is asked. When it has
+not, its guest stands still at the first page that is missing; only the operator may end it, for it
+might as well never touch that page.
 """
 
 import asyncio
@@ -61,13 +66,14 @@ async def _until_completed(m: Outgoing) -> None:
                 if sample.qemu_status is QemuStatus.COMPLETED:
                     m.settle("PostcopyPaused")
                     return
-                gave_up = sample.qemu_status is QemuStatus.FAILED
-                if gave_up and await _destination_complete(m):
+                if sample.qemu_status in (QemuStatus.FAILED, QemuStatus.CANCELLED):
+                    await _until_destination_settled(m, sample)
                     return
                 paused = sample.qemu_status is QemuStatus.POSTCOPY_PAUSED
                 stalled = now_s - moved_at_s > STALL_S
                 if paused or stalled:
-                    await _recover(m, stalled=stalled)
+                    if await _recover(m, stalled=stalled):
+                        return
                     moved_at_s = m.world.clock.monotonic_s()
             sample = await feed.newer(within_s=TICK_S)
             if sample is None:
@@ -82,12 +88,34 @@ def _note(m: Outgoing, sample: TransferSample) -> None:
         m.settle("PostcopyPaused")
 
 
-async def _recover(m: Outgoing, *, stalled: bool) -> None:
-    """One attempt to mend the connection; what did not work is tried again by the caller."""
+async def _until_destination_settled(m: Outgoing, sample: TransferSample) -> None:
+    """The source's QEMU has given up: all that is left to learn is what the destination has."""
+    give_up_at_s = m.world.clock.monotonic_s() + SURE_S
+    while not await _has_everything(m):
+        if m.world.clock.monotonic_s() > give_up_at_s:
+            m.settle("PostcopyPaused")
+            why = sample.error or "it gave no reason"
+            m.trouble(
+                "PostcopyFailed",
+                f"QEMU on {m.world.options.host} ended the postcopy as {sample.qemu_status.value} "
+                f"({why}) and cannot take it up again; the guest on {m.peer.name} stands still "
+                "where it needs memory that did not arrive",
+            )
+        await asyncio.sleep(TICK_S)
+    m.settle("PostcopyFailed")
+
+
+async def _recover(m: Outgoing, *, stalled: bool) -> bool:
+    """One attempt to mend the connection; what did not work is tried again by the caller.
+
+    True: the destination needs nothing more.
+    """
     status = (await m.vmm.sample()).qemu_status
     works = status is QemuStatus.POSTCOPY_ACTIVE and not stalled  # the feed may be behind
     if works or status is QemuStatus.COMPLETED:
-        return
+        return False
+    if await _has_everything(m):
+        return True
     m.trouble(
         "PostcopyPaused",
         f"the connection to {m.peer.name} broke in postcopy: the guest waits for memory that is "
@@ -97,14 +125,14 @@ async def _recover(m: Outgoing, *, stalled: bool) -> None:
         if status is not QemuStatus.POSTCOPY_PAUSED:
             await m.vmm.pause_postcopy()
         address = await m.peer.listen_for_recovery(m.id)
-        await m.vmm.resume_postcopy(address)
+        await m.vmm.resume_postcopy(m.reachable(address))
         await _until_resumed(m)
     except VmmDied:
         raise
     except (MigrdError, TimeoutError) as exc:
         m.log.warning("postcopy is not recovered yet", cause=str(exc) or "it paused again")
-        await _check_destination(m)
         await asyncio.sleep(RETRY_S)
+    return False
 
 
 async def _until_resumed(m: Outgoing) -> None:
@@ -117,12 +145,14 @@ async def _until_resumed(m: Outgoing) -> None:
             await asyncio.sleep(LOOK_S)
 
 
-async def _check_destination(m: Outgoing) -> None:
-    """Raises _DestinationDied on proof."""
+async def _has_everything(m: Outgoing) -> bool:
+    """Is all memory at the destination? No answer is no. Raises _DestinationDied on proof."""
     with contextlib.suppress(PeerError):
         view = await m.peer.view(m.id)
         if view.vmm_died and not view.transfer_completed:
             raise _DestinationDied(view.reason or "it gave no reason")
+        return view.transfer_completed
+    return False
 
 
 async def _destination_complete(m: Outgoing) -> bool:

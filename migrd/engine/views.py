@@ -163,6 +163,11 @@ def next_step(m: Outgoing) -> str | None:
                 f"Mend the network between {here} and {there}: {vm} waits for memory that is "
                 f"still on {here}. Kill neither QEMU."
             )
+        case Phase.COMPLETING if "PostcopyFailed" in m.troubles:
+            return (
+                f"Look at {vm} on {there}. If it stands still, part of its memory is gone for "
+                f"good: end its QEMU there, then start it again. The QEMU on {here} cannot help."
+            )
         case _:
             return None
 

@@ -280,8 +280,10 @@ class Machine:
     async def pause_postcopy(self) -> None:
         await self._ask_oob("migrate-pause")
 
-    async def listen_for_recovery(self, listen_host: str) -> TransferAddress:
-        uri = migration.tcp_uri(TransferAddress(listen_host, 0))
+    async def listen_for_recovery(
+        self, listen_host: str, ports: PortRange | None = None
+    ) -> TransferAddress:
+        uri = migration.listen_uri(listen_host, ports)
         await self._ask_oob("migrate-recover", {"uri": uri})
         return TransferAddress(listen_host, await self._listening_port())
 
