@@ -230,7 +230,7 @@ def throttle_for(guess: Estimate, situation: Situation) -> int:
     if not guess.dirty_bytes_per_s or not guess.bandwidth_bytes_per_s:
         return now
     own_rate = guess.dirty_bytes_per_s / (1 - now / 100)
-    wanted = round(100 * (1 - AIM * guess.bandwidth_bytes_per_s / own_rate))
+    wanted = round(max(0.0, 100 * (1 - AIM * guess.bandwidth_bytes_per_s / own_rate)))
     return max(now, min(ceiling, max(wanted, now + 10, 20)))
 
 
