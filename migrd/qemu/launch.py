@@ -34,7 +34,7 @@ from migrd.errors import (
 from migrd.qemu.adoption import VM_NAME, AdoptDirectory, Adopted
 from migrd.qemu.instances import SUN_PATH_BYTES, Found, Instance, LaunchRecord, examine
 from migrd.qemu.machine import Machine
-from migrd.qemu.probe import Prober
+from migrd.qemu.probe import Probed, Prober
 from migrd.qemu.process import Attachment, Life, WatchedProcess
 from migrd.qemu.profile import Resolved
 from migrd.qemu.profile_files import Profiles
@@ -139,8 +139,10 @@ class QemuLauncher:
         started: list[Child] = []
         known: Known | None = None
         try:
-            record = await in_thread(self._spawn, spec, at, incoming, started)
-            known = self._hold(at, spec, started.pop(), has_serial=record.has_serial)
+            record, probed = await in_thread(self._spawn, spec, at, incoming, started)
+            known = self._hold(
+                at, spec, started.pop(), has_serial=record.has_serial, expected=probed
+            )
             limit_s = self._start_deadline_s
             await verify_started(known, at, incoming=incoming, within_s=limit_s)
             self._known[key] = known  # before it is no longer `launching`: `find` looks in a thread
@@ -162,7 +164,7 @@ class QemuLauncher:
 
     def _spawn(
         self, spec: VmSpec, at: Instance, incoming: bool, started: list[Child]
-    ) -> LaunchRecord:
+    ) -> tuple[LaunchRecord, Probed | None]:
         resolved = self._resolve(spec, at.name)
         record = LaunchRecord(
             spec=spec,
@@ -173,16 +175,30 @@ class QemuLauncher:
             has_serial=resolved.profile.serial,
             requested_wall_s=time.time(),
         )
+        probed = self._prober.recall(resolved.profile.binary)
         spawn(at, record, resolved.profile.environment, started)
-        return record
+        return record, probed
 
-    def _hold(self, at: Instance, spec: VmSpec, child: Child, *, has_serial: bool = False) -> Known:
+    def _hold(
+        self,
+        at: Instance,
+        spec: VmSpec,
+        child: Child,
+        *,
+        has_serial: bool = False,
+        expected: Probed | None = None,
+    ) -> Known:
         process = WatchedProcess(child.identity, Life.ALIVE, child.pidfd, is_ours=True)
         attachment = Attachment(at.vm, at.name, at.qmp_path, at.oob_path, process)
-        return Known(self._machine(attachment), process, spec, at, has_serial)
+        return Known(self._machine(attachment, expected), process, spec, at, has_serial)
 
-    def _machine(self, attachment: Attachment) -> Machine:
-        return Machine(attachment, call_deadline_s=self._call_deadline_s, observe=self._observe)
+    def _machine(self, attachment: Attachment, expected: Probed | None = None) -> Machine:
+        return Machine(
+            attachment,
+            call_deadline_s=self._call_deadline_s,
+            observe=self._observe,
+            expected=expected,
+        )
 
     # Finding
 

@@ -43,10 +43,12 @@ from migrd.qemu import migration, samples
 from migrd.qemu.calls import CallObserver
 from migrd.qemu.feed import QemuFeed
 from migrd.qemu.monitor import Monitor
+from migrd.qemu.offer import Offer
 from migrd.qemu.preparation import prepare, take_back
+from migrd.qemu.probe import Probed
 from migrd.qemu.process import Attachment
 from migrd.qemu.qmp import DEFAULT_DEADLINE_S
-from migrd.qemu.schema import QmpSchema, read_schema
+from migrd.qemu.schema import QmpSchema
 from migrd.qemu.wire import Arguments, CommandRefused, QmpEvent, json_object
 
 RUN_STATE_DEADLINE_S: Final = 10.0
@@ -77,7 +79,9 @@ class Machine:
         *,
         call_deadline_s: float = DEFAULT_DEADLINE_S,
         observe: CallObserver | None = None,
+        expected: Probed | None = None,
     ) -> None:
+        """`expected`: what its binary has been found to offer."""
         self._vm = attachment.vm
         self._instance = attachment.instance
         self._process = attachment.process
@@ -85,8 +89,7 @@ class Machine:
         self.monitor = Monitor(attachment.qmp_path, observe=observe, on_event=self._take_event)
         oob_path = attachment.oob_path
         self.oob = Monitor(oob_path, observe=observe) if oob_path is not None else None
-        self._schema: tuple[int, QmpSchema] | None = None
-        self._machine_type: str | None = None
+        self._offer = Offer(self.monitor, expected)
         self._feeds: set[QemuFeed] = set()
         self._stopped_at_s: float | None = None
         self._resumed_at_s: float | None = None
@@ -137,8 +140,9 @@ class Machine:
     # Facts
 
     async def facts(self) -> VmFacts:
-        schema = await self.schema()
-        status, migrate, memory, kvm, *peripherals = await asyncio.gather(
+        schema, kind, status, migrate, memory, kvm, *peripherals = await asyncio.gather(
+            self.schema(),
+            self._offer.machine_type(self._ask),
             self._ask("query-status"),
             self._ask("query-migrate"),
             self._ask("query-memory-size-summary"),
@@ -153,7 +157,7 @@ class Machine:
             run_state=RunState.of(json_object(status).get("status")),
             qemu_status=samples.read_status(migrate),
             qemu_version=samples.read_version(self.monitor.greeting),
-            machine_type=self._machine_type,
+            machine_type=kind,
             memory_bytes=memory_bytes,
             features=self._usable(schema.features),
             passthrough_devices=samples.read_passthrough(*peripherals),
@@ -166,15 +170,8 @@ class Machine:
         return RunState.of(json_object(await self._ask("query-status")).get("status"))
 
     async def schema(self) -> QmpSchema:
-        """What this QEMU offers; asked once per connection (behind it may be another QEMU)."""
-        connections = self.monitor.state.connections
-        if self._schema is None or self._schema[0] != connections:
-            answer = await self._ask("query-qmp-schema", deadline_s=2 * self._call_deadline_s)
-            with contextlib.suppress(CommandRefused):
-                kind = await self._ask("qom-get", {"path": "/machine", "property": "type"})
-                self._machine_type = samples.read_machine_type(kind)
-            self._schema = (connections, read_schema(answer))
-        return self._schema[1]
+        """What this QEMU offers; see `migrd.qemu.offer`."""
+        return await self._offer.schema(self._ask, deadline_s=2 * self._call_deadline_s)
 
     async def sample(self) -> TransferSample:
         migrate, status = await self._ask_all(("query-migrate", None), ("query-status", None))

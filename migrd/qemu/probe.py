@@ -20,7 +20,7 @@ from migrd.core.facts import Feature
 from migrd.engine.threads import in_thread
 from migrd.errors import VmmDied, VmmTimedOut
 from migrd.qemu.samples import read_version
-from migrd.qemu.schema import read_schema
+from migrd.qemu.schema import QmpSchema, read_schema
 from migrd.qemu.wire import json_object
 
 PROBE_DEADLINE_S: Final = 10.0
@@ -38,7 +38,13 @@ class Probed:
 
     version: str
     """For people."""
-    features: frozenset[Feature]
+    schema: QmpSchema
+    greeted: object
+    """`version` of its greeting: version and package."""
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        return self.schema.features
 
 
 @dataclass
@@ -53,18 +59,33 @@ class Prober:
         async with self._asking:
             return await in_thread(self._ask, binary, accelerator, environment)
 
+    def recall(self, binary: str) -> Probed | None:
+        """What this very file said, if it was asked; starts nothing. Blocking."""
+        try:
+            return self._recall(binary, _signature(binary))
+        except OSError:
+            return None
+
+    def _recall(self, binary: str, signature: Signature) -> Probed | None:
+        known = self._known.get(binary)
+        return known[1] if known is not None and known[0] == signature else None
+
     def _ask(self, binary: str, accelerator: str, environment: Mapping[str, str]) -> Probed:
         try:
-            about = os.stat(binary)
+            signature = _signature(binary)
         except OSError as failure:
             raise _useless(binary, failure.strerror or str(failure)) from failure
-        signature = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
-        known = self._known.get(binary)
-        if known is not None and known[0] == signature:
-            return known[1]
+        known = self._recall(binary, signature)
+        if known is not None:
+            return known
         probed = _run(binary, accelerator, environment)
         self._known[binary] = (signature, probed)
         return probed
+
+
+def _signature(binary: str) -> Signature:
+    about = os.stat(binary)
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def _run(binary: str, accelerator: str, environment: Mapping[str, str]) -> Probed:
@@ -89,7 +110,7 @@ def _run(binary: str, accelerator: str, environment: Mapping[str, str]) -> Probe
     if not greeting or schema is None:
         words = done.stderr[-1024:].decode(errors="replace").strip()
         raise _useless(binary, words or f"it ended with code {done.returncode}")
-    return Probed(read_version(greeting), read_schema(schema).features)
+    return Probed(read_version(greeting), read_schema(schema), greeting.get("version"))
 
 
 def _answers(output: bytes) -> tuple[dict[str, Any], object]:
