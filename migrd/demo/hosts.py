@@ -13,7 +13,7 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -27,6 +27,7 @@ from migrd.demo.dh import dh_params_pem
 from migrd.demo.errors import DemoFailed
 from migrd.engine.threads import in_thread
 
+PROGRAM: Final = (sys.executable, "-m", "migrd")
 READY_S: Final = 30.0
 STOP_S: Final = 10.0
 PROFILE: Final = """\
@@ -172,14 +173,15 @@ def _write_identity(authority: trustme.CA, host: Host) -> None:
     (tls / "dh-params.pem").write_text(dh_params_pem())
 
 
-async def start(host: Host) -> None:
-    """Start its daemon and wait until it is ready. Raises DemoFailed with its last words."""
+async def start(host: Host, program: Sequence[str] = PROGRAM) -> None:
+    """Start its daemon and wait until it is ready. Raises DemoFailed with its last words.
+
+    `program` is what is run with the arguments of `migrd`.
+    """
     log = await in_thread(open, host.log, "ab")
     try:
         host.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "migrd",
+            *program,
             "serve",
             "--config",
             str(host.config),

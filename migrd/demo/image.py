@@ -80,6 +80,8 @@ class GuestImage:
     base_bytes: int = 16 << 20
     """Guest-physical address of the working set."""
     low_memory_end_bytes: int = 3 << 30
+    reset_after_heartbeats: int = 0
+    """Then it resets the machine, boots again and counts from one; 0: never."""
 
     def __post_init__(self) -> None:
         whole = self.base_bytes % PAGE_BYTES == 0 and self.low_memory_end_bytes % PAGE_BYTES == 0
@@ -91,6 +93,7 @@ class GuestImage:
             (0 < self.hot_spot_pages_percent < 100, "hot_spot_pages_percent outside 1..99"),
             (0 < self.hot_spot_visits_percent < 100, "hot_spot_visits_percent outside 1..99"),
             (0 < self.burst_on_s <= self.burst_period_s, "burst_on_s outside 0..burst_period_s"),
+            (self.reset_after_heartbeats >= 0, "reset_after_heartbeats is negative"),
             (whole and self.base_bytes >= 1 << 20, "base_bytes below 1 MiB or not whole pages"),
             (
                 self.pattern is not Pattern.HOT_SPOT or self.working_set_pages >= 2,
@@ -174,7 +177,7 @@ class GuestImage:
         burst = self.pattern is Pattern.BURST
         period = max(1, round(self.burst_period_s * self.ticks_per_s)) if burst else 1
         return struct.pack(
-            "<16Q",
+            "<17Q",
             self.base_bytes,
             self.working_set_pages,
             self.cold_pages,
@@ -189,6 +192,7 @@ class GuestImage:
             period,
             *((1 << bits) - 1 for bits in masks),
             *(permutation_shift(bits) for bits in masks),
+            self.reset_after_heartbeats,
         )
 
 

@@ -61,6 +61,7 @@ p_mask_spot: .quad 0             # 0x78 power of two >= pages, minus 1
 p_mask_rest: .quad 0             # 0x80
 p_shift_spot: .quad 0            # 0x88 half the bits of the mask, at least 1
 p_shift_rest: .quad 0            # 0x90
+p_resets: .quad 0                # 0x98 heartbeats after which it resets the machine, 0: never
 .org 0x100
 start16:
         cli
@@ -330,6 +331,12 @@ beat:   mov     rax, r15
         call    puthex
         mov     rax, r15; call puthex    # not S_TICKS: those are not all worked off
         mov     al, 10; call putc
+        mov     rax, [p_resets]
+        test    rax, rax
+        jz      outer
+        cmp     [S_BEATS], rax
+        jb      outer
+        mov     al, 0xfe; out 0x64, al   # the keyboard controller pulls the reset line
         jmp     outer
 bad:    inc     qword ptr [S_ERRORS]
         mov     [S_BADPAGE], rbx
