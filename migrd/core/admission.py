@@ -28,6 +28,8 @@ def admit_cancel(state: MigrationState) -> tuple[Admission, str]:
         return Admission.DENIED, "already_ended"
     if state.phase is Phase.ROLLING_BACK or state.undoing:
         return Admission.ALREADY_SO, "rolling_back"
+    if state.phase is Phase.NEEDS_OPERATOR:
+        return Admission.DENIED, "needs_operator"
     if state.mode is Mode.POSTCOPY:
         return Admission.DENIED, "postcopy_started"
     return Admission.QUEUED, "cancelling"

@@ -192,9 +192,10 @@ class TransferSample:
     @property
     def is_of_arrival(self) -> bool:
         """Its `completed` is that of the migration by which the guest came to this QEMU, which
-        keeps saying so: a guest that has left does not run and is not merely paused."""
-        still_here = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
-        return self.qemu_status is QemuStatus.COMPLETED and self.run_state in still_here
+        keeps saying so: a guest that has left is in one of very few run states. (UNKNOWN stands
+        for "stopped": the event of STOP does not say how.)"""
+        left = (RunState.POSTMIGRATE, RunState.FINISH_MIGRATE, RunState.UNKNOWN)
+        return self.qemu_status is QemuStatus.COMPLETED and self.run_state not in left
 
 
 @dataclass(frozen=True)

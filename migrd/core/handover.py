@@ -16,7 +16,8 @@ Rules
 1. GRANT is sent only when granted is durable; after that the source resumes on REFUSED alone (or
    on an operator's proof). A lost answer is asked again; it is never an answer.
 2. A destination that never journalled STARTING may journal REFUSED; that is durable and final.
-   After STARTING it may not refuse: whether the guest ran is decided by looking at its QEMU.
+   After STARTING it may not refuse: whether the guest ran is decided by looking at its QEMU. When
+   that is dead, an operator decides at the source, whose discard takes the guest back (TAKEN_BACK).
 3. Every message is idempotent by migration id and epoch. An epoch grows by one with each migration
    of a VM; a message of an older epoch is refused and changes nothing.
 4. The source may not be granted away while its QEMU could still resume by itself: in precopy that
@@ -24,7 +25,9 @@ Rules
    after that the source's monitor still says so (QEMU's start of postcopy holds the lock the
    monitor needs, so an answer after the destination has arrived proves that it can no longer fail
    and resume).
-5. A destination in postcopy never refuses by time-out: the source cannot take the guest back then.
+5. A loaded destination never refuses by time-out: its copy may be the last one (in postcopy the
+   source cannot take the guest back, in precopy the source's host may be gone). It asks on, and
+   says that an operator is needed.
 
     preparing > receiving > loaded > owned > starting > running
         |           |          |       |
@@ -63,6 +66,7 @@ class DestinationTrigger(StrEnum):
     START_ORDERED = "start_ordered"
     GUEST_RAN = "guest_ran"
     REFUSAL_DECIDED = "refusal_decided"
+    TAKEN_BACK = "taken_back"
 
 
 _MAY_REFUSE: Final = {DestinationTrigger.REFUSAL_DECIDED: DestinationPhase.REFUSED}
@@ -87,7 +91,11 @@ DESTINATION_TRANSITIONS: Final[
             DestinationTrigger.START_ORDERED: DestinationPhase.STARTING,
             **_MAY_REFUSE,
         },
-        DestinationPhase.STARTING: {DestinationTrigger.GUEST_RAN: DestinationPhase.RUNNING},
+        DestinationPhase.STARTING: {
+            DestinationTrigger.GUEST_RAN: DestinationPhase.RUNNING,
+            # its QEMU is proven dead, and an operator has given the guest back to the source
+            DestinationTrigger.TAKEN_BACK: DestinationPhase.REFUSED,
+        },
         DestinationPhase.RUNNING: {},
         DestinationPhase.REFUSED: {},
     }
@@ -128,11 +136,8 @@ class DestinationState:
 
     @property
     def may_refuse_by_time_out(self) -> bool:
-        """Rule 5: a postcopy destination waits, for the source cannot take the guest back."""
-        return self.may_refuse and not (
-            self.mode is Mode.POSTCOPY
-            and self.phase in (DestinationPhase.LOADED, DestinationPhase.OWNED)
-        )
+        """Rule 5: a copy that may be the last one is not thrown away on silence."""
+        return self.phase in (DestinationPhase.PREPARING, DestinationPhase.RECEIVING)
 
 
 def advance_destination(state: DestinationState, event: DestinationEvent) -> DestinationState:

@@ -109,6 +109,8 @@ class MigrationEvent:
     """With TRANSFER_COMPLETED: the source process is dead, the destination holds the only copy."""
     policy: Policy | None = None
     """With POLICY_CHANGED."""
+    by_operator: bool = False
+    """A person's word, which has its place only while it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,8 @@ def _note_facts(state: MigrationState, event: MigrationEvent) -> MigrationState:
         case Trigger.SWITCHOVER_FORCED:
             return replace(new, switchover_forced=True)
         case Trigger.TRANSFER_COMPLETED:
-            return replace(new, granted=True, source_died=event.source_died, cause=None)
+            said = event.cause if event.by_operator else None
+            return replace(new, granted=True, source_died=event.source_died, cause=said)
         case Trigger.DESTINATION_RAN:
             return replace(new, blackout_s=_blackout_s(new, event.resumed_at_s), cause=None)
         case Trigger.DESTINATION_REFUSED:

@@ -78,6 +78,7 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[Trigger, Phase]]] = MappingProxyType(
         Phase.PENDING: {
             Trigger.STARTED: Phase.PREFLIGHT,
             Trigger.CANCEL_REQUESTED: Phase.CANCELLED,
+            Trigger.PREFLIGHT_REFUSED: Phase.REFUSED,
             Trigger.GUEST_DIED: Phase.GUEST_LOST,
             Trigger.POLICY_CHANGED: Phase.PENDING,
         },

@@ -16,21 +16,24 @@ from migrd.core.facts import (
     VmFacts,
 )
 from migrd.engine.ports import PortRange, TlsIdentity, TransferFeed
-from migrd.errors import VmmUnreachable
+from migrd.errors import VmmDied, VmmUnreachable
 
 
 class AbsentVmm:
     """Fulfils `ports.Vmm` by saying that nothing is known."""
 
     pid = None
-    is_dead = False
     is_reachable = False
 
-    def __init__(self, vm: str, instance: str) -> None:
+    def __init__(self, vm: str, instance: str, *, is_dead: bool = False) -> None:
+        """`is_dead`: proven so, since its host has been booted anew."""
         self.vm = vm
         self.instance = instance
+        self.is_dead = is_dead
 
     def _nothing_known(self) -> NoReturn:
+        if self.is_dead:
+            raise VmmDied(f"the QEMU of {self.vm} ended with an earlier boot of this host")
         raise VmmUnreachable(
             f"the QEMU of {self.vm} (instance {self.instance or '?'}) was not found on this host; "
             "whether it still runs is not known"
@@ -110,4 +113,5 @@ class AbsentVmm:
         self._nothing_known()
 
     async def quit(self) -> None:
-        self._nothing_known()
+        if not self.is_dead:
+            self._nothing_known()

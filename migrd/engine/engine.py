@@ -8,6 +8,8 @@ import asyncio
 from types import TracebackType
 from typing import Final, Self
 
+import structlog
+
 from migrd.engine.host import HostFacts
 from migrd.engine.migrations import Migrations
 from migrd.engine.reception import Reception
@@ -15,6 +17,8 @@ from migrd.engine.recovery import adopt_found, recover
 from migrd.engine.registry import Registry
 from migrd.engine.vms import VmTable
 from migrd.engine.world import World
+
+log = structlog.get_logger(__name__)
 
 RESCAN_S: Final = 2.0
 
@@ -67,7 +71,10 @@ class Engine:
         """VMs that others launch come and go; the rescan is the truth."""
         while True:
             await asyncio.sleep(RESCAN_S)
-            await adopt_found(self.migrations)
+            try:
+                await adopt_found(self.migrations)
+            except Exception as exc:  # one bad directory must not end the daemon
+                log.error("looking for VMs failed", exc_info=exc)
 
 
 class _Stopped(Exception):

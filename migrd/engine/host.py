@@ -55,7 +55,11 @@ class HostFacts:
 
     def readiness(self, migrations: Migrations) -> Sequence[Check]:
         """Can this daemon do its work? Peers being down is shown, and is not our unreadiness."""
-        stuck = [m.id for m in migrations.outgoing.values() if "JournalFailing" in m.troubles]
+        stuck = [
+            m.id
+            for m in migrations.outgoing.values()
+            if "JournalFailing" in m.troubles and not m.state.is_terminal
+        ]
         journal_ok = self.journal_error is None and not stuck
         return (
             Check("recovered", self.recovered, "journal replayed" if self.recovered else "not yet"),
@@ -66,8 +70,11 @@ class HostFacts:
         """Ask each peer, and the kernel for memory, every peer interval. Runs until cancelled."""
         self._binaries = await self._world.launcher.versions()
         while True:
-            self._memory_bytes = await memory_available_bytes()
-            await asyncio.gather(*(self._ask(peer) for peer in self._world.peers.values()))
+            try:
+                self._memory_bytes = await memory_available_bytes()
+                await asyncio.gather(*(self._ask(peer) for peer in self._world.peers.values()))
+            except Exception as exc:  # what is only looked at must not end the daemon
+                log.error("looking at peers failed", exc_info=exc)
             await asyncio.sleep(self._world.options.peer_interval_s)
 
     async def _ask(self, peer: Peer) -> None:

@@ -43,6 +43,18 @@ log = structlog.get_logger(__name__)
 
 TICK_S: Final = 0.5
 RETRY_S: Final = 0.25
+DISCARD_TRIES: Final = 40
+RAN_AND_STOPPED: Final = frozenset(
+    {
+        RunState.SHUTDOWN,
+        RunState.GUEST_PANICKED,
+        RunState.IO_ERROR,
+        RunState.SUSPENDED,
+        RunState.WATCHDOG,
+        RunState.INTERNAL_ERROR,
+    }
+)
+"""After `cont` was accepted: only a guest that has run gets there."""
 ENDED_THERE: Final = frozenset(phase.value for phase in TERMINAL - {Phase.SUCCEEDED})
 
 
@@ -65,6 +77,12 @@ class Incoming(IncomingRecord):
         self._run_guest = run_guest
         self._granted.set()
         self._poke.set()
+
+    async def take_back(self, reason: str) -> None:
+        """The source has the guest back by an operator's word, and our QEMU, which died while it
+        was started, never will run it. For a task that is over; raises JournalError."""
+        if self.state.phase is DestinationPhase.STARTING and self.vmm_died:
+            await self._apply(DestinationTrigger.TAKEN_BACK, reason=reason)
 
     def want_refusal(self, reason: str) -> None:
         """Refuse as soon as possible, if it still may be."""
@@ -148,7 +166,7 @@ class Incoming(IncomingRecord):
         if status is QemuStatus.COMPLETED and sample.run_state is not RunState.INMIGRATE:
             await self._apply(DestinationTrigger.GUEST_LOADED, mode=Mode.PRECOPY)
             return True
-        if status is QemuStatus.POSTCOPY_ACTIVE:
+        if status.is_postcopy and status is not QemuStatus.POSTCOPY_DEVICE:
             await self._apply(DestinationTrigger.GUEST_LOADED, mode=Mode.POSTCOPY)
             return True
         if status in (QemuStatus.FAILED, QemuStatus.CANCELLED):
@@ -192,14 +210,19 @@ class Incoming(IncomingRecord):
         if vmm.is_dead:
             raise VmmDied(f"QEMU {vmm.pid} is dead")
         if self.state.run_guest:
+            accepted = False
             with contextlib.suppress(VmmTimedOut, VmmRefused):  # looked at below
                 await vmm.run_guest()
+                accepted = True
             state = await vmm.run_state()
-            if state is not RunState.RUNNING:
+            if accepted and state in RAN_AND_STOPPED:
+                self.note = f"the guest ran and is {state.value} now"
+            elif state is not RunState.RUNNING:
                 self.note = f"QEMU does not run the guest: its run state is {state.value}"
                 await asyncio.sleep(RETRY_S)
                 return  # begun again by the owner: past starting there is no way back
-        self.note = None
+            else:
+                self.note = None
         self.guest_running = True
         await self._apply(DestinationTrigger.GUEST_RAN)
 
@@ -210,9 +233,16 @@ class Incoming(IncomingRecord):
             sample: TransferSample | None = await vmm.sample()
             while sample is None or sample.qemu_status is not QemuStatus.COMPLETED:
                 self.sample = sample or self.sample
+                if sample is not None:
+                    self._note_pause(sample.qemu_status is QemuStatus.POSTCOPY_PAUSED)
                 sample = await feed.newer(within_s=TICK_S)
         self.transfer_completed = True
         self._tell("migration.changed")
+
+    def _note_pause(self, is_paused: bool) -> None:
+        if is_paused is not self.postcopy_paused:
+            self.postcopy_paused = is_paused
+            self._tell("migration.changed")
 
     def _living(self) -> Vmm:
         if self.vmm is None:
@@ -233,10 +263,20 @@ class Incoming(IncomingRecord):
             if self.state.may_refuse:
                 await self._refuse(ended)
             return True
-        if idle_s > limit_s and self.state.may_refuse_by_time_out:
+        if idle_s <= limit_s or (self.sample is not None and self.sample.qemu_status.is_postcopy):
+            return False
+        if self.state.may_refuse_by_time_out:
             await self._refuse(f"nothing came from {self.stored.source} for {idle_s:.0f} s")
             return True
+        self._call_operator(idle_s)
         return False
+
+    def _call_operator(self, idle_s: float) -> None:
+        """The source is silent and this copy is whole: it is kept, for it may be the last one."""
+        if self.note is None:
+            self.note = f"{self.stored.source} has been silent for {idle_s:.0f} s; the copy is kept"
+            self.log.error("the source is silent; an operator is needed", note=self.note)
+            self._tell("migration.changed")
 
     async def _source_ended(self) -> str | None:
         """Why the source will never grant this migration; None when it may, or does not say."""
@@ -246,7 +286,8 @@ class Incoming(IncomingRecord):
             async with asyncio.timeout(2.0):
                 view = await self.source.source_view(self.id)
         except PeerRefused as exc:
-            if exc.code == "not_found" and self.state.mode is Mode.PRECOPY:
+            # a loaded copy is kept all the same: the source may have lost its journal
+            if exc.code == "not_found" and self.state.may_refuse_by_time_out:
                 return f"{self.stored.source} knows nothing of this migration"
             return None
         except (PeerError, TimeoutError):
@@ -262,6 +303,9 @@ class Incoming(IncomingRecord):
         if self.state.may_refuse:
             await self._refuse_durably(why)
             return
+        if self.state.phase is DestinationPhase.STARTING and exc.code == "guest_shut_down":
+            self.guest_running = True  # only a guest that runs can shut itself down
+            await self._apply(DestinationTrigger.GUEST_RAN)
         self.vmm_died = True
         self.guest_running = False
         self.note = why
@@ -271,7 +315,9 @@ class Incoming(IncomingRecord):
     async def _on_failure(self, why: str) -> None:
         if self.state.phase is DestinationPhase.PREPARING:
             await self._refuse_durably(why)
-        else:
+        elif self.state.phase is not DestinationPhase.RECEIVING or not await self._given_up(
+            "receiving"
+        ):
             await asyncio.sleep(RETRY_S)
 
     async def _refuse_durably(self, why: str) -> None:
@@ -291,10 +337,15 @@ class Incoming(IncomingRecord):
         vmm = self.vmm
         if vmm is None:
             return
-        while not vmm.is_dead:
+        for _ in range(DISCARD_TRIES):
+            if vmm.is_dead:
+                break
             try:
                 await vmm.quit()
             except VmmError as exc:
                 self.log.warning("the discarded QEMU does not end", cause=exc.message)
                 await asyncio.sleep(RETRY_S)
+        if not vmm.is_dead:
+            self.log.error("the discarded QEMU is left behind; end it by hand", pid=vmm.pid)
+            return
         await self.world.launcher.forget(vmm)

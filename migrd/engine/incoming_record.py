@@ -47,6 +47,7 @@ class IncomingRecord:
         self.vmm_died = False
         self.guest_running = False
         self.transfer_completed = False
+        self.postcopy_paused = False
         self.note: str | None = None
         """What keeps it from going on, in words."""
         self.on_running: Callable[[IncomingRecord], None] = lambda _: None
@@ -91,6 +92,7 @@ class IncomingRecord:
             vmm_died=self.vmm_died,
             transfer_completed=self.transfer_completed,
             guest_running=self.guest_running,
+            postcopy_paused=self.postcopy_paused,
         )
 
     async def wait_newer(self, generation: int, within_s: float) -> DestinationView:
@@ -145,6 +147,8 @@ class IncomingRecord:
             self._enter(state)
 
     def _vm_after(self, state: DestinationState) -> StoredVm | None:
+        if state.phase is DestinationPhase.REFUSED and self.state.phase in STARTED:
+            return StoredVm(self.stored.spec, state.epoch, False, None)
         if state.phase in STARTED:
             return StoredVm(self.stored.spec, state.epoch, True, self.stored.instance)
         return None

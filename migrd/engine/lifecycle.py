@@ -5,11 +5,11 @@ creation of a migration, and of an incoming one, takes as well.
 """
 
 import asyncio
-import secrets
 from typing import Final
 
 from migrd.core.facts import VmSpec
 from migrd.engine import views
+from migrd.engine.boot import new_instance
 from migrd.engine.migrations import Migrations
 from migrd.engine.service import VmView
 from migrd.engine.threads import in_thread
@@ -37,6 +37,8 @@ class Lifecycle:
                 f"{spec.name} has no profile",
                 [Violation("profile", "missing", "name a launch profile of this host")],
             )
+        if entry is not None and entry.spec == spec:
+            return views.of_vm(entry, self._world), False
         self._check_definable(entry, spec)
         if dry_run:
             shown = Entry(spec) if entry is None else entry
@@ -52,9 +54,9 @@ class Lifecycle:
         return views.of_vm(entry, self._world), created
 
     def _check_definable(self, entry: Entry | None, spec: VmSpec) -> None:
-        if entry is None or entry.spec == spec:
+        if entry is None:
             return
-        if entry.migration_id is not None:
+        if entry.migration_id is not None or entry.incoming:
             raise Conflict(
                 f"{spec.name} is being migrated ({entry.migration_id})", code="already_migrating"
             )
@@ -68,8 +70,7 @@ class Lifecycle:
 
     async def forget(self, name: str) -> None:
         entry = self._vms.require(name)
-        if self._migrations.active_of(name) is not None:
-            raise Conflict(f"{name} is being migrated", code="already_migrating")
+        self._check_settled(entry)
         if entry.vmm is not None and not entry.vmm.is_dead:
             raise Conflict(f"{name} has a running QEMU: stop it first", code="vm_running")
         vmm = entry.vmm
@@ -89,9 +90,7 @@ class Lifecycle:
             self._vms.detach(entry)
             if old is not None:
                 await self._world.launcher.forget(old)
-            vmm = await self._world.launcher.launch(
-                entry.spec, secrets.token_hex(4), incoming=False
-            )
+            vmm = await self._world.launcher.launch(entry.spec, new_instance(), incoming=False)
         except VmmDied as exc:
             raise Conflict(exc.message, code="launch_failed") from exc
         finally:
@@ -105,8 +104,7 @@ class Lifecycle:
 
     def _check_startable(self, entry: Entry) -> None:
         name = entry.spec.name
-        if self._migrations.active_of(name) is not None or entry.incoming:
-            raise Conflict(f"{name} is being migrated", code="already_migrating")
+        self._check_settled(entry)
         if not entry.here:
             raise Conflict(
                 f"{name} has moved away from this host: a second copy is never started. When it is "
@@ -118,13 +116,20 @@ class Lifecycle:
         if entry.starting:
             raise Conflict(f"{name} is being started", code="already_starting")
 
-    async def stop(self, name: str) -> VmView:
-        entry = self._vms.require(name)
-        if self._migrations.active_of(name) is not None:
+    def _check_settled(self, entry: Entry) -> None:
+        """No migration, on either side, has a say in what this VM is."""
+        active = self._migrations.active_of(entry.spec.name)
+        if active is not None or entry.migration_id is not None or entry.incoming:
+            id_ = entry.migration_id or (active.id if active else "?")
             raise Conflict(
-                f"{name} is being migrated ({entry.migration_id}): cancel that first",
+                f"{entry.spec.name} is being migrated, or it is not settled who runs it "
+                f"(migration {id_})",
                 code="already_migrating",
             )
+
+    async def stop(self, name: str) -> VmView:
+        entry = self._vms.require(name)
+        self._check_settled(entry)
         if entry.vmm is not None and not entry.managed:
             raise Conflict(
                 f"{name} was not launched by migrd: stop it where it was started",

@@ -45,7 +45,7 @@ STEPS: Final[Mapping[Instruction, Step]] = {
     Instruction.RELEASE_SOURCE: release_source,
     Instruction.ROLL_BACK: roll_back,
 }
-ENDED_IN_MEMORY: Final = 500
+ENDED_IN_MEMORY: Final = 2000
 """Ended migrations shown without asking the journal; older ones are forgotten here."""
 QUEUE_LIMIT: Final = 256
 
@@ -59,6 +59,7 @@ class Migrations:
         self._group = group
         self.outgoing: dict[str, Outgoing] = {}
         self.incoming: dict[str, Incoming] = {}
+        self._before: dict[str, Entry | None] = {}
 
     # Lookup -----------------------------------------------------------------------------------
 
@@ -91,7 +92,9 @@ class Migrations:
         return sum(
             1
             for m in self.outgoing.values()
-            if not m.state.is_terminal and m.state.phase is not Phase.PENDING
+            # one that waits for a person waits for long: it holds no slot
+            if not m.state.is_terminal
+            and m.state.phase not in (Phase.PENDING, Phase.NEEDS_OPERATOR)
         )
 
     @property
@@ -134,7 +137,7 @@ class Migrations:
         if entry is None or entry.migration_id != m.id:
             return
         entry.migration_id = None
-        if m.state.phase is Phase.SUCCEEDED:
+        if m.has_left:
             entry.here = False
         if m.vmm.is_dead and entry.vmm is m.vmm:
             self.vms.detach(entry)
@@ -178,6 +181,7 @@ class Migrations:
         entry = self.vms.get(i.stored.spec.name)
         if i.state.phase is not DestinationPhase.RUNNING:
             if entry is None or entry.vmm is None:
+                self._before[i.id] = entry
                 entry = self.vms.put(Entry(i.stored.spec, i.state.epoch, here=False, incoming=True))
             entry.incoming = True
         if entry is not None:
@@ -212,14 +216,34 @@ class Migrations:
         entry = self.vms.get(i.stored.spec.name)
         if entry is None or entry.migration_id not in (i.id, None):
             return
-        known_before = entry.here or not entry.incoming
-        entry.migration_id, entry.incoming = None, False
+        entry.incoming = False
         if i.state.phase is DestinationPhase.STARTING:
-            entry.here, entry.vmm = True, i.vmm
-        if i.state.phase is DestinationPhase.REFUSED and not known_before:
-            self.vms.remove(entry.spec.name)  # it never came
-        else:
+            # nobody knows whether it ran: not to be started until the source says what it is
+            entry.here, entry.vmm, entry.migration_id = True, i.vmm, i.id
             self.vms.changed(entry)
+            return
+        entry.migration_id = None
+        if i.state.phase is not DestinationPhase.REFUSED:
+            self.vms.changed(entry)
+        elif not entry.here or entry.vmm is i.vmm:
+            self._never_came(i, entry)
+
+    def taken_back(self, i: Incoming) -> None:
+        """What an operator gave back to the source is not this host's any more."""
+        entry = self.vms.get(i.stored.spec.name)
+        if i.state.phase is DestinationPhase.REFUSED and entry and entry.migration_id == i.id:
+            entry.here, entry.migration_id = False, None
+            self.vms.detach(entry)
+            self.vms.changed(entry)
+
+    def _never_came(self, i: Incoming, entry: Entry) -> None:
+        """As it was before: unknown, or departed (which a refused return does not make undone)."""
+        before = self._before.pop(i.id, None)
+        if before is None:
+            self.vms.remove(entry.spec.name)
+        else:
+            before.epoch = max(before.epoch, entry.epoch)
+            self.vms.put(before)
 
     # Tasks ------------------------------------------------------------------------------------
 
@@ -228,12 +252,17 @@ class Migrations:
         self._group.create_task(_guarded(work, name), name=name, context=Context())
 
     def _forget_old(self) -> None:
+        """The newest of each VM stays: its other side may still ask how it ended."""
         ended = [m for m in self.outgoing.values() if m.state.is_terminal]
+        newest = {m.stored.request.vm: m.id for m in ended}
         for m in ended[: max(0, len(ended) - ENDED_IN_MEMORY)]:
-            del self.outgoing[m.id]
+            if newest[m.stored.request.vm] != m.id:
+                del self.outgoing[m.id]
         over = [i for i in self.incoming.values() if i.is_over]
+        latest = {i.stored.spec.name: i.id for i in over}
         for i in over[: max(0, len(over) - ENDED_IN_MEMORY)]:
-            del self.incoming[i.id]
+            if latest[i.stored.spec.name] != i.id:
+                del self.incoming[i.id]
 
 
 async def _guarded(work: Coroutine[Any, Any, None], name: str) -> None:

@@ -29,7 +29,7 @@ import structlog
 from migrd.core.convergence import Decision, Estimate
 from migrd.core.facts import Round, TransferAddress, TransferSample, TransferSettings
 from migrd.core.handover import DestinationPhase
-from migrd.core.migration import Cause, MigrationEvent, MigrationState, Mode, advance
+from migrd.core.migration import Cause, MigrationEvent, MigrationState, Mode, Refusal, advance
 from migrd.core.phases import (
     INSTRUCTION_OF,
     TRANSITIONS,
@@ -97,6 +97,8 @@ class Outgoing:
         self.on_ended: Callable[[Outgoing], None] = lambda _: None
         """Called in the instant of the end, before anybody is told."""
         self._wishes: asyncio.Queue[MigrationEvent] = asyncio.Queue(maxsize=64)
+        self._kept_wish: MigrationEvent | None = None
+        """Taken from the queue, and to be looked at in the next phase."""
         self._unsaved: list[MigrationEvent] = []
         self._unkept: deque[tuple[str, dict[str, object]]] = deque(maxlen=KEPT_ROUNDS)
         self._saving: asyncio.Task[None] | None = None
@@ -179,7 +181,7 @@ class Outgoing:
         step = asyncio.create_task(self._carry_out(), name=f"step-{self.id[:8]}")
         try:
             while True:
-                wish = asyncio.create_task(self._wishes.get())
+                wish = asyncio.create_task(self._next_wish())
                 try:
                     await asyncio.wait({step, wish}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
@@ -187,20 +189,26 @@ class Outgoing:
                         await _end(wish)
                 if step.done():
                     if not wish.cancelled():
-                        self._wishes.put_nowait(wish.result())  # looked at in the next phase
+                        self._kept_wish = wish.result()
                     return step.result()
                 if await self._grant_wish(wish.result(), step):
                     return wish.result()
         finally:
             await _end(step)
 
+    async def _next_wish(self) -> MigrationEvent:
+        kept, self._kept_wish = self._kept_wish, None
+        return await self._wishes.get() if kept is None else kept
+
     async def _grant_wish(self, event: MigrationEvent, step: asyncio.Task[MigrationEvent]) -> bool:
         """Apply a wish that leaves the phase alone; True when it changes it: the step has ended."""
         row = TRANSITIONS[self.state.phase]
-        if event.trigger not in row or step.done():
-            if event.trigger in row:
-                self._wishes.put_nowait(event)
+        out_of_place = event.by_operator and self.state.phase is not Phase.NEEDS_OPERATOR
+        if event.trigger not in row or out_of_place:
             return False  # the phase has moved on since the wish was admitted
+        if step.done():
+            self._kept_wish = event
+            return False
         if row[event.trigger] is self.state.phase:
             with contextlib.suppress(JournalError):  # reported as a condition; the wish is not met
                 await self.apply(event)
@@ -212,9 +220,8 @@ class Outgoing:
     async def _carry_out(self) -> MigrationEvent:
         """Run the step of the present phase until it comes to an event."""
         instruction = INSTRUCTION_OF.get(self.state.phase)
-        if instruction is None:  # pending: only a wish (STARTED, CANCEL_REQUESTED) moves it
-            await asyncio.Event().wait()
-        assert instruction is not None
+        if instruction is None:
+            return await self._wait_for_slot()
         while True:
             try:
                 return await self._steps[instruction](self)
@@ -225,6 +232,17 @@ class Outgoing:
                 if event is not None:
                     return event
                 await asyncio.sleep(RETRY_S)
+
+    async def _wait_for_slot(self) -> MigrationEvent:
+        """Pending: a wish (STARTED, CANCEL_REQUESTED) moves it, or its deadline ends it."""
+        while True:
+            left_s = self.deadline_at_s - self.world.clock.monotonic_s()
+            if left_s <= 0:
+                break
+            await asyncio.sleep(min(left_s, 1.0))
+        text = f"no slot was free within deadline_s = {self.state.policy.deadline_s:g}"
+        refusal = Refusal("deadline", text, "ask again when less is going on")
+        return self.event(Trigger.PREFLIGHT_REFUSED, refusals=(refusal,))
 
     def _after_error(self, exc: Exception) -> MigrationEvent | None:
         """The event an error in a step amounts to; None: begin the step again."""

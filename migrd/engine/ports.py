@@ -219,6 +219,8 @@ class DestinationView:
     transfer_completed: bool = False
     """Its QEMU has all memory (in postcopy: later than `running`)."""
     guest_running: bool = False
+    postcopy_paused: bool = False
+    """Its QEMU was seen to wait for memory that does not come."""
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,7 @@ class Steering:
         m = self._m
         if sample.qemu_status in LEFT_PRECOPY and not sample.is_of_arrival:
             self._record_qemus_decision(sample)
+            m.may_have_run = sample.qemu_status is not QemuStatus.PRE_SWITCHOVER
             stopped_at_s = sample.stopped_at_s or sample.at_s
             return m.event(Trigger.SWITCHOVER_REACHED, stopped_at_s=stopped_at_s)
         if sample.qemu_status is QemuStatus.FAILED:

@@ -6,12 +6,12 @@ answered with how things stand.
 
 import asyncio
 import contextlib
-import secrets
 from typing import Final
 
 from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
 from migrd.core.handover import DestinationPhase, DestinationState
 from migrd.core.migration import Mode
+from migrd.engine.boot import new_instance
 from migrd.engine.incoming import Incoming
 from migrd.engine.memory import memory_available_bytes
 from migrd.engine.migrations import Migrations
@@ -142,7 +142,7 @@ class Reception:
             source=source,
             spec=vm,
             epoch=epoch,
-            instance=secrets.token_hex(4),
+            instance=new_instance(),
             settings=settings,
             created_wall_s=world.clock.wall_s(),
         )

@@ -19,11 +19,12 @@ from migrd.core.migration import begin, fold
 from migrd.core.phases import IllegalTransition, Phase
 from migrd.engine.absent import AbsentVmm
 from migrd.engine.absent_peer import AbsentPeer
+from migrd.engine.boot import is_of_earlier_boot
 from migrd.engine.migrations import Migrations
 from migrd.engine.ports import Replay, StoredVm, Vmm
 from migrd.engine.registry import as_decision, as_round
 from migrd.engine.vms import Entry
-from migrd.errors import JournalError
+from migrd.errors import JournalError, MigrdError
 
 log = structlog.get_logger(__name__)
 
@@ -63,11 +64,12 @@ class _Recovery:
         self._migrations.start_pending()
 
     def _take(self, vm: str, instance: str | None) -> Vmm | None:
-        """The QEMU of an instance; an AbsentVmm when its fate is not known."""
+        """The QEMU of an instance; an AbsentVmm when its fate is not known, or when all that is
+        known of it is that its host was booted anew."""
         if instance is None:
             return None
         self._left.pop(instance, None)
-        return self._by_instance.get(instance) or AbsentVmm(vm, instance)
+        return self._by_instance.get(instance) or _absent(vm, instance)
 
     def _restore_vm(self, stored: StoredVm) -> None:
         vmm = self._take(stored.spec.name, stored.instance) if stored.here else None
@@ -96,7 +98,7 @@ class _Recovery:
         found = self._left.pop(instance, None) or self._by_instance.get(instance)
         if found is not None or phase is DestinationPhase.PREPARING:
             return found  # nothing was launched yet: the step launches it
-        return AbsentVmm(vm, instance)
+        return _absent(vm, instance)
 
     async def _restore_outgoing(self) -> None:
         for stored, events in self._replay.outgoing:
@@ -112,7 +114,7 @@ class _Recovery:
             self._migrations.vms.note_epoch(vm, stored.epoch)
             entry = self._migrations.vms.get(vm)
             vmm = entry.vmm if entry is not None else None
-            destination = stored.request.destination
+            destination = stored.request.destination.lower()
             peer = self._world.peers.get(destination) or AbsentPeer(destination)
             m = self._migrations.add_outgoing(stored, state, vmm or AbsentVmm(vm, ""), peer)
             if state.is_terminal:
@@ -133,6 +135,10 @@ class _Recovery:
             await _adopt(self._migrations, vmm)
 
 
+def _absent(vm: str, instance: str) -> AbsentVmm:
+    return AbsentVmm(vm, instance, is_dead=is_of_earlier_boot(instance))
+
+
 async def adopt_found(migrations: Migrations) -> None:
     """Look again for VMs that others launched (the launcher returns only what is new)."""
     for vmm in await migrations.world.launcher.find():
@@ -144,7 +150,13 @@ async def _adopt(migrations: Migrations, vmm: Vmm) -> None:
     world, vms = migrations.world, migrations.vms
     entry = vms.get(vmm.vm)
     if vmm.is_dead:
-        await world.launcher.forget(vmm)
+        try:
+            await world.launcher.forget(vmm)
+        except (MigrdError, OSError) as exc:
+            log.warning("files of an ended QEMU are left", vm=vmm.vm, cause=str(exc))
+        return
+    if entry is not None and not entry.here and world.launcher.is_managed(vmm):
+        log.error("an old QEMU of a VM that has moved away; end it by hand", pid=vmm.pid, vm=vmm.vm)
         return
     if entry is not None and entry.vmm is not None and not entry.vmm.is_dead:
         log.error("a second QEMU of this VM runs here; left alone", vm=vmm.vm, pid=vmm.pid)

@@ -33,6 +33,17 @@ RETRY_S: Final = 0.25
 IDLE: Final = frozenset(
     {QemuStatus.NONE, QemuStatus.CANCELLED, QemuStatus.FAILED, QemuStatus.COMPLETED}
 )
+BY_ITSELF: Final = frozenset(
+    {
+        RunState.SHUTDOWN,
+        RunState.GUEST_PANICKED,
+        RunState.INTERNAL_ERROR,
+        RunState.IO_ERROR,
+        RunState.SUSPENDED,
+        RunState.WATCHDOG,
+    }
+)
+"""What a guest, or its disk, brings about; it is not ours to undo."""
 STOPPED: Final = frozenset(
     {
         RunState.PAUSED,
@@ -109,6 +120,7 @@ async def _stop_transfer(m: Outgoing) -> None:
     if await _is_idle(m):
         return
     try:
+        m.may_have_run = True  # from here QEMU may resume the guest at any moment
         await m.vmm.cancel_transfer()
         async with asyncio.timeout(CANCEL_S):
             await _until_idle(m)
@@ -117,6 +129,7 @@ async def _stop_transfer(m: Outgoing) -> None:
         if m.state.mode is Mode.POSTCOPY and isinstance(exc, VmmRefused):
             raise  # it has begun after all: look again
         m.log.warning("cancel does not free the guest; cutting the migration's connection")
+    m.may_have_run = True
     await m.vmm.free_stalled()
     try:
         async with asyncio.timeout(YANK_S):
@@ -150,9 +163,10 @@ async def _see_it_run(m: Outgoing) -> None:
             return
         if not m.state.run_guest and state in STOPPED:
             return
-        if state in (RunState.SHUTDOWN, RunState.GUEST_PANICKED, RunState.INTERNAL_ERROR):
+        if state in BY_ITSELF:
             return  # what the guest did to itself is not ours to undo
         if state in STOPPED:
+            m.may_have_run = True
             with contextlib.suppress(VmmRefused):  # e.g. a moment too early: look again
                 await m.vmm.run_guest()
                 continue
@@ -180,6 +194,8 @@ async def _after_death(m: Outgoing, exc: VmmDied, limit_s: float | None) -> Migr
         text = f"{exc.message} while it was rolled back, and {m.peer.name} does not say what it has"
         return m.event(Trigger.OUTCOME_UNKNOWN, cause=Cause(exc.code, text))
     if view is not None and view.phase is not DestinationPhase.REFUSED:
+        if m.may_have_run:
+            return m.event(Trigger.OUTCOME_UNKNOWN, cause=unwatched(m, exc))
         return m.event(Trigger.TRANSFER_COMPLETED, source_died=True)
     cause = Cause(exc.code, f"{exc.message} while the migration was being rolled back")
     return m.event(Trigger.GUEST_DIED, cause=cause)
@@ -203,6 +219,15 @@ async def _settled_there(m: Outgoing) -> DestinationView | None:
             if view.phase not in (DestinationPhase.PREPARING, DestinationPhase.RECEIVING):
                 return view
     return None
+
+
+def unwatched(m: Outgoing, exc: VmmDied) -> Cause:
+    """Why the destination's copy, whole as it is, is not simply started."""
+    return Cause(
+        "source_died_unwatched",
+        f"{exc.message}, and may have run on after {m.peer.name} had its copy: that copy may be "
+        "old, and is kept there, stopped",
+    )
 
 
 def _why(m: Outgoing) -> str:

@@ -219,6 +219,9 @@ class Resolution(StrEnum):
     """The destination can never run the guest (powered off, its QEMU proven dead before it ran)."""
     DESTINATION_RUNS = "destination_runs"
     """The guest was seen to run on the destination."""
+    USE_DESTINATION_COPY = "use_destination_copy"
+    """The source is dead, or off for good, and did not run on after the destination had its copy:
+    that copy may run. Also taken by the destination of a guest that is loaded there."""
     GUEST_LOST = "guest_lost"
     """Give the guest up."""
 

@@ -28,7 +28,7 @@ from migrd.core.phases import Phase, Trigger
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView
 from migrd.engine.recover_postcopy import finish_postcopy
-from migrd.engine.rollback import bring_back
+from migrd.engine.rollback import bring_back, unwatched
 from migrd.errors import (
     MigrdError,
     PeerError,
@@ -116,6 +116,7 @@ async def _source_done(m: Outgoing, *, fresh: bool = False) -> MigrationEvent | 
             sample = await _ask_source(m)
         continued = False
         while True:
+            _watch(m, sample)
             if sample is not None:
                 if sample.downtime_s is not None:
                     m.qemu_downtime_s = sample.downtime_s
@@ -126,6 +127,17 @@ async def _source_done(m: Outgoing, *, fresh: bool = False) -> MigrationEvent | 
                 if done:
                     return event
             sample = await feed.newer(within_s=NEAR_S)
+
+
+def _watch(m: Outgoing, sample: TransferSample | None) -> None:
+    """Could the source have run meanwhile? A gap in the watching is no proof that it has not."""
+    if not m.vmm.is_reachable and not m.vmm.is_dead:
+        m.may_have_run = True
+    if sample is not None and (
+        sample.run_state is RunState.RUNNING
+        or sample.qemu_status in (QemuStatus.FAILED, QemuStatus.CANCELLED)
+    ):
+        m.may_have_run = True
 
 
 async def _ask_source(m: Outgoing) -> TransferSample | None:
@@ -212,6 +224,8 @@ async def _after_death(m: Outgoing, exc: VmmDied) -> MigrationEvent:
         return m.event(Trigger.OUTCOME_UNKNOWN, cause=cause)
     if view.phase is DestinationPhase.REFUSED:
         return m.event(Trigger.GUEST_DIED, cause=Cause(exc.code, f"{exc.message} in switchover"))
+    if m.may_have_run:
+        return m.event(Trigger.OUTCOME_UNKNOWN, cause=unwatched(m, exc))
     m.log.warning("the source died, the destination has all of the guest", cause=exc.message)
     return m.event(Trigger.TRANSFER_COMPLETED, source_died=True)
 
@@ -240,6 +254,8 @@ async def keep_asking(m: Outgoing) -> MigrationEvent:
     """Carry out KEEP_ASKING: what would settle it is asked for without end."""
     if m.state.granted:
         return await _ask_until_answered(m, died_is_unknown=False)
+    if m.vmm.is_dead and m.may_have_run:
+        return await _until_there_is_nothing(m)
     if m.state.undoing:
         return await bring_back(m, death_s=None)
     view = await _destination_loaded(m)
@@ -251,6 +267,16 @@ async def keep_asking(m: Outgoing) -> MigrationEvent:
     if is_refused or await _source_done(m, fresh=True) is not None:  # rule 4 of the handover
         return await bring_back(m, death_s=None)
     return m.event(Trigger.TRANSFER_COMPLETED)
+
+
+async def _until_there_is_nothing(m: Outgoing) -> MigrationEvent:
+    """The source is dead and may have run on: whether the destination's copy is the guest, a
+    person has to say. Only when there is no copy either, it is lost."""
+    while True:
+        if (await _destination_loaded(m)).phase is DestinationPhase.REFUSED:
+            break
+        await asyncio.sleep(LONGEST_RETRY_S)
+    return m.event(Trigger.GUEST_DIED, cause=m.state.cause)
 
 
 async def _ask_until_answered(m: Outgoing, *, died_is_unknown: bool = True) -> MigrationEvent:
@@ -303,9 +329,29 @@ async def release_source(m: Outgoing) -> MigrationEvent:
             return event
     if not m.vmm.is_dead:
         await _check_not_running(m)
-        async with asyncio.timeout(m.world.options.release_deadline_s):
-            await m.vmm.quit()
+        limit_s = m.world.options.release_deadline_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await _until_ended(m)
+        except TimeoutError:
+            text = (
+                f"the guest runs on {m.peer.name}; its old QEMU here (pid {m.vmm.pid}) was not "
+                f"ended within {limit_s:.0f} s: end it by hand, it must never run again"
+            )
+            return m.event(Trigger.SOURCE_RELEASED, cause=Cause("source_left_behind", text))
     return m.event(Trigger.SOURCE_RELEASED)
+
+
+async def _until_ended(m: Outgoing) -> None:
+    """Until the source's process is proven dead."""
+    while not m.vmm.is_dead:
+        try:
+            await m.vmm.quit()
+        except VmmDied:
+            return
+        except VmmError as exc:
+            m.trouble("SourceNotEnding", exc.message)
+            await asyncio.sleep(LONGEST_RETRY_S)
 
 
 async def _check_not_running(m: Outgoing) -> None:

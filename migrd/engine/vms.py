@@ -180,6 +180,9 @@ class VmTable:
             pass  # `state` says so
         except MigrdError as exc:
             entry.trouble = exc.message
+        except Exception as exc:  # what one QEMU says must not end the daemon
+            entry.trouble = f"{type(exc).__name__}: {exc}"
+            log.error("looking at a VM failed", vm=entry.spec.name, exc_info=exc)
         if entry.vmm is vmm and entry.state != before:
             self.changed(entry)
 

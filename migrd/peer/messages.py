@@ -154,6 +154,7 @@ class WireDestinationView(WireModel):
     vmm_died: bool
     transfer_completed: bool
     guest_running: bool
+    postcopy_paused: bool = False
 
     @classmethod
     def of(cls, view: DestinationView) -> Self:
@@ -167,6 +168,7 @@ class WireDestinationView(WireModel):
             vmm_died=view.vmm_died,
             transfer_completed=view.transfer_completed,
             guest_running=view.guest_running,
+            postcopy_paused=view.postcopy_paused,
         )
 
     def value(self) -> DestinationView:

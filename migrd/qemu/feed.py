@@ -41,6 +41,8 @@ _AT_REST = frozenset(
     {QemuStatus.NONE, QemuStatus.COMPLETED, QemuStatus.FAILED, QemuStatus.CANCELLED}
 )
 
+_NOTHING_KNOWN = (QemuStatus.UNKNOWN, RunState.UNKNOWN)
+
 log = logging.getLogger(__name__)
 
 
@@ -84,16 +86,14 @@ class QemuFeed:
 
     def take_event(self, event: QmpEvent) -> None:
         """Called from the monitor's reader for each event: publishes at once what it proves."""
-        last = self._latest
+        last = self._latest or TransferSample(event.received_s, *_NOTHING_KNOWN)
         if event.name == "MIGRATION":
             self._status_events += 1
             status = QemuStatus.of(event.data.get("status"))
-            if last is not None:
-                self._publish(replace(last, at_s=event.received_s, qemu_status=status))
+            self._publish(replace(last, at_s=event.received_s, qemu_status=status))
         elif event.name in {"STOP", "RESUME"}:
             self._run_events += 1
-            if last is not None:
-                self._publish(_run_change(last, event))
+            self._publish(_run_change(last, event))
         elif event.name not in {"MIGRATION_PASS", "SHUTDOWN", "GUEST_PANICKED", "SUSPEND"}:
             return
         self._kicked.set()

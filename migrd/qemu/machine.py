@@ -12,7 +12,10 @@ looks whether the process has just died, and then raises VmmDied, the one certai
 Traps (seen on real QEMU): `cont` on a source in `postmigrate` is accepted, so the engine's journal
 has to forbid it. `migrate` to nobody is accepted and fails a moment later. A destination takes one
 `migrate-incoming` in its life. A stalled link in status `device` blocks everything in band. The
-in-band `stop` of a postcopy destination can hang while a vCPU waits for a page.
+in-band `stop` of a postcopy destination can hang while a vCPU waits for a page. A `yank` in the
+very moment of the switchover can deadlock a QEMU with multifd (7.2 and 10.0 under load, 1 in 5: its
+migration thread waits for ever for channels that have ended, and holds the big lock; the guest
+never runs again). What stalls stands still, so `free_stalled` waits for it to have done so.
 
 Postcopy (seen on QEMU 10.0): a connection that breaks while a source completes its postcopy makes
 it `failed`, not paused; it then starts the guest again that already runs at the destination. It
@@ -60,6 +63,8 @@ KILL_GRACE_S: Final = 5.0
 RECONNECT_WAIT_S: Final = 1.0
 UNANSWERED_LIMIT: Final = 3
 """So many commands without an answer mean that the monitor is blocked."""
+SETTLED_S: Final = 0.3
+"""Nothing has moved for so long: a `yank` finds no thread in between (none hung in 50 tries)."""
 _BEFORE_THE_END: Final = (QemuStatus.NONE, QemuStatus.SETUP, QemuStatus.ACTIVE)
 """Of a destination. 7.2 says nothing at all while it listens, later ones say `setup`."""
 YANK_MIGRATION: Final[Arguments] = {"instances": [{"type": "migration"}]}
@@ -91,6 +96,7 @@ class Machine:
         self.oob = Monitor(oob_path, observe=observe) if oob_path is not None else None
         self._offer = Offer(self.monitor, expected)
         self._feeds: set[QemuFeed] = set()
+        self._moved_at_s = 0.0
         self._stopped_at_s: float | None = None
         self._resumed_at_s: float | None = None
         self._shut_itself_down = False
@@ -267,6 +273,7 @@ class Machine:
         await self._ask("migrate_cancel")
 
     async def free_stalled(self) -> None:
+        await asyncio.sleep(self._moved_at_s + SETTLED_S - time.monotonic())  # 0 when long ago
         try:
             await self._ask_oob("yank", YANK_MIGRATION)
         except CommandRefused as refusal:
@@ -362,7 +369,9 @@ class Machine:
         return offered if has_lane else offered - {Feature.OOB, Feature.YANK}
 
     def _take_event(self, event: QmpEvent) -> None:
-        if event.name == "STOP":
+        if event.name in {"MIGRATION", "MIGRATION_PASS"}:
+            self._moved_at_s = event.received_s
+        elif event.name == "STOP":
             self._stopped_at_s = event.received_s
         elif event.name == "SHUTDOWN" and event.data.get("guest") is True:
             self._shut_itself_down = True
