@@ -8,7 +8,8 @@
 Rules kept (seen on QEMU 7.2 and 10.0): `migrate` to nobody is accepted and fails later; a source
 resumes by itself when its migration fails or is cancelled; a stalled link blocks the main loop in
 `device`, and keeps `cancelling` from ending under multifd; a destination takes one incoming
-migration in its life and leaves it `failed`, or dies of it; numbers vanish with the failure.
+migration in its life and leaves it `failed`, or dies of it; numbers vanish with the failure; a
+`yank` in the very moment of the switchover can hang a QEMU with multifd for good.
 """
 
 import asyncio
@@ -23,6 +24,8 @@ from typing import Any
 from tests.fakes.qmp_server import FakeQmp, Refusal, Reply
 
 STEP_S = 0.002
+DEADLOCK_S = 0.02
+"""A `yank` so soon after a change of status can hang a QEMU with multifd: here it always does."""
 SCHEMAS = Path(__file__).parent.parent / "qemu" / "schemas"
 DEFAULTS: Mapping[str, Any] = {
     "max-bandwidth": 128 << 20, "downtime-limit": 300, "multifd-channels": 2, "tls-creds": "",
@@ -72,6 +75,7 @@ class FakeVm:
         self.remaining_bytes = self.sent_bytes = 0
         self.peer: FakeVm | None = None
         self._was_running = False
+        self._moved_at_s = 0.0
         self._resume_switchover = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._schema: list[Any] = json.loads((SCHEMAS / f"{self.version}.json").read_text())
@@ -294,6 +298,14 @@ class FakeVm:
     async def _yank(self, instances: list[dict[str, Any]]) -> Reply:
         if self.status not in UNDER_WAY:
             raise Refusal("Instance not found", "DeviceNotFound")
+        moved_s = asyncio.get_running_loop().time() - self._moved_at_s
+        if self.capabilities.get("multifd") and self.status == "device" and moved_s < DEADLOCK_S:
+            self.qmp.block()  # its threads wait for each other: nothing ends this
+            await self._become("failed")
+            self._was_running = False
+            if self._task is not None:
+                self._task.cancel()
+            return {}
         await self._fail("Channel error: Input/output error")
         self.qmp.unblock()
         return {}
@@ -337,6 +349,7 @@ class FakeVm:
 
     async def _become(self, status: str) -> None:
         self.status = status
+        self._moved_at_s = asyncio.get_running_loop().time()
         if self.capabilities.get("events"):
             await self.qmp.emit("MIGRATION", {"status": status})
 

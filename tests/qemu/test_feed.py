@@ -185,16 +185,17 @@ async def test_a_blocked_monitor_is_silence_and_its_return_is_the_truth(
         assert (await some(feed)).qemu_status is QemuStatus.FAILED
 
 
-async def test_an_event_before_the_first_answer_is_not_lost() -> None:
+async def test_an_event_before_the_first_answer_is_told_with_what_it_proves() -> None:
     asked = Asked()
     asked.may_answer.clear()
     async with running(asked) as feed:
-        await asked_again(asked, 0)
+        await asked_again(asked, 0)  # formed as `active`
         feed.take_event(event("MIGRATION", "completed"))
         asked.answer = replace(RUNNING, qemu_status=QemuStatus.COMPLETED)
+        told = await some(feed)
+        assert (told.qemu_status, told.run_state) == (QemuStatus.COMPLETED, RunState.UNKNOWN)
         asked.may_answer.set()
-        statuses = [(await some(feed)).qemu_status for _ in range(2)]
-        assert statuses[-1] is QemuStatus.COMPLETED
+        assert [(await some(feed)).qemu_status for _ in range(2)] == [QemuStatus.COMPLETED] * 2
 
 
 async def test_death_is_told_after_everything_that_came_before_it() -> None:
