@@ -146,12 +146,21 @@ def next_step(m: Outgoing) -> str | None:
                 f"prove it and say so: migrd resolve {m.id} destination_fenced --evidence '...' "
                 f"(the guest then goes on from the copy on {here})."
             )
+        case Phase.NEEDS_OPERATOR if m.vmm.is_dead:
+            return (
+                f"The QEMU on {here} is dead; {there} may hold a whole copy of {vm}, stopped. When "
+                f"{vm} did nothing after that copy was taken (see when it died, and its disk), say "
+                f"so: migrd resolve {m.id} use_destination_copy --evidence '...'; else give it up: "
+                f"migrd resolve {m.id} guest_lost --evidence '...'."
+            )
         case Phase.NEEDS_OPERATOR:
             return (
                 f"Look at the VM's QEMU on {here} (pid {m.vmm.pid}): it does not say where "
                 "the guest stands. migrd keeps trying; kill nothing on either side before that."
             )
         case Phase.GUEST_LOST:
+            if m.has_left:
+                return f"{vm} died with its move. See to its QEMU on {there}, then start it there."
             return f"{vm} runs nowhere. Start it again where you want it: migrd start {vm}"
         case Phase.ROLLED_BACK:
             return f"{vm} runs on {here}. Mend what the cause names, then migrate again."
@@ -225,6 +234,12 @@ def _next_step_there(i: Incoming) -> str | None:
         return (
             f"The QEMU here died while {i.stored.spec.name} was being started. See migration "
             f"{i.id} on {i.stored.source}: an operator decides there."
+        )
+    if i.state.phase is DestinationPhase.LOADED and i.note is not None:
+        return (
+            f"Bring migrd on {i.stored.source} back: this ends by itself then. If that host is gone "
+            f"for good, this copy may be the last: migrd resolve {i.id} use_destination_copy "
+            "--evidence '...' runs it here, guest_lost throws it away."
         )
     return None
 

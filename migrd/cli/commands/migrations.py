@@ -45,7 +45,7 @@ _DECISIONS = (
 )
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-RESOLUTIONS = ("destination_fenced", "destination_runs", "guest_lost")
+RESOLUTIONS = ("destination_fenced", "destination_runs", "use_destination_copy", "guest_lost")
 
 
 def _chooses(command: Command) -> Command:
@@ -232,6 +232,10 @@ async def resolve(
                           runs on at the source.
       destination_runs    the guest was seen to run on the destination. The source's
                           copy is then given up.
+      use_destination_copy
+                          the source is dead and did not run on after the destination had
+                          its copy: that copy may run. Asked of the source's daemon, or of
+                          the destination's when the source's host is gone for good.
       guest_lost          it runs nowhere and never will. The guest is given up.
 
     A wrong word here can run a guest twice and destroy its disks. Nothing else in migrd can.
