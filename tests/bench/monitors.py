@@ -86,8 +86,8 @@ class Monitors:
             text = text[end:]
             self._count(count)
             result = self._answers[message["execute"]]
-            id_ = json.dumps(message["id"]).encode()
-            _send(client, b'{"return": %b, "id": %b}\r\n' % (result, id_))
+            id_ = b', "id": ' + json.dumps(message["id"]).encode() if "id" in message else b""
+            _send(client, b'{"return": %b%b}\r\n' % (result, id_))
 
     def _count(self, which: int) -> None:
         both = list(_COUNTS.unpack_from(self._counts, self._at))
@@ -111,6 +111,7 @@ def main() -> None:
         (directory / part).mkdir()
     counts = mmap.mmap(-1, count * _COUNTS.size)
     children = []
+    listening, listens = os.pipe()
     for number, name in enumerate(names):
         pid = os.fork()
         if pid == 0:
@@ -119,9 +120,12 @@ def main() -> None:
             monitors.listen(directory / "adopt" / f"{name}.oob.qmp", 0)
             monitors.listen(directory / "adopt" / f"{name}.qmp", 0)
             monitors.listen(directory / "plain" / f"{name}.qmp", 1)
+            os.write(listens, b".")
             monitors.serve()
         children.append(pid)
     try:
+        for _ in names:
+            os.read(listening, 1)
         sys.stdout.write("ready\n")
         sys.stdout.flush()
         while sys.stdin.readline():
