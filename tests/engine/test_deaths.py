@@ -85,8 +85,9 @@ async def test_the_source_dies_with_all_of_the_guest_at_the_destination_and_it_i
         await pair.migrates_again()
 
 
-async def test_the_guest_is_saved_also_when_the_source_dies_while_rolled_back() -> None:
-    """The monitor is lost with the guest stopped, the switchover times out, then QEMU dies."""
+async def test_a_source_that_dies_unwatched_may_have_run_on_so_a_person_decides() -> None:
+    """The monitor is lost with the guest stopped, the switchover times out, then QEMU dies: it
+    might have resumed meanwhile, and then the destination's copy would be an old one."""
     async with running_pair() as pair:
         pair.ground.wire.swallows_ack = True
         migration_id = await pair.ask()
@@ -96,6 +97,16 @@ async def test_the_guest_is_saved_also_when_the_source_dies_while_rolled_back() 
         await pair.until_phase(migration_id, Phase.ROLLING_BACK)
         await asyncio.sleep(1.0)
         pair.hosts["alpha"].qemu(VM).die("killed")
+        view = await pair.until_phase(migration_id, Phase.NEEDS_OPERATOR)
+        assert (view.cause and view.cause.code) == "source_died_unwatched"
+        await asyncio.sleep(100.0)
+        assert pair.running_on() is None
+        assert pair.hosts["beta"].living(VM), "the copy is kept"
+        service = pair.alpha.service
+        answer = await service.resolve(
+            migration_id, Resolution.USE_DESTINATION_COPY, evidence="I watched it", by="op"
+        )
+        assert answer.admission == "queued"
         view = await pair.until_over(migration_id)
         assert view.phase == Phase.SUCCEEDED, view.cause
         assert pair.running_on() == "beta"

@@ -81,17 +81,42 @@ async def test_a_destination_that_refuses_after_the_grant_gives_the_guest_back()
         await pair.migrates_again()
 
 
-async def test_a_loaded_destination_that_hears_nothing_refuses_in_the_end_and_for_good() -> None:
+async def test_a_loaded_destination_that_hears_nothing_keeps_its_copy_and_says_so() -> None:
+    """It may be the last one: silence is no reason to throw it away."""
     async with running_pair(loaded_idle_s=60.0) as pair:
         migration_id = await granted(pair)
         pair.road.part("alpha", "beta")
-        await until(lambda: pair.stands(migration_id, "beta")[0] == "refused", within_s=120.0)
+        await asyncio.sleep(600.0)
+        view = pair.view(migration_id, on="beta")
+        assert view.phase == "loaded"
+        assert "silent" in view.conditions[0].message
+        assert pair.hosts["beta"].living(VM)
         await pair.restart("beta")
         pair.road.heal()
         view = await pair.until_over(migration_id)
-        assert view.phase == Phase.ROLLED_BACK
-        assert pair.running_on() == "alpha"
+        assert view.phase == Phase.SUCCEEDED
         await pair.migrates_again()
+
+
+async def test_a_person_may_start_the_loaded_copy_when_the_sources_host_is_gone() -> None:
+    async with running_pair(loaded_idle_s=30.0) as pair:
+        migration_id = await granted(pair)
+        await pair.kill("alpha")
+        pair.hosts["alpha"].qemu(VM).die("power off")
+        service = pair.beta.service
+        early = await service.resolve(
+            migration_id, Resolution.USE_DESTINATION_COPY, evidence="", by="op"
+        )
+        assert early.admission == "denied"
+        await asyncio.sleep(120.0)
+        answer = await service.resolve(
+            migration_id, Resolution.USE_DESTINATION_COPY, evidence="it burnt", by="op"
+        )
+        assert answer.admission == "queued"
+        await until(lambda: pair.running_on() == "beta")
+        await pair.start("alpha")
+        pair.road.heal()
+        assert (await pair.until_over(migration_id)).phase == Phase.SUCCEEDED
 
 
 async def test_a_late_grant_after_a_refusal_changes_nothing() -> None:

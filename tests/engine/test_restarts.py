@@ -9,6 +9,7 @@ import pytest
 from migrd.core.facts import QemuStatus, VmSpec
 from migrd.core.migration import Policy
 from migrd.core.phases import Phase
+from migrd.engine.service import Resolution
 from migrd.errors import JournalError
 from tests.engine.test_happy_path import busy
 from tests.engine.test_steering import never_converges
@@ -102,7 +103,8 @@ async def test_a_vm_that_died_while_the_daemon_was_down_is_seen_to_be_dead() -> 
         await pair.migrates_again()
 
 
-async def test_the_source_qemu_dies_while_its_daemon_is_down_and_the_guest_is_saved() -> None:
+async def test_the_source_qemu_dies_while_nobody_watches_and_a_person_decides() -> None:
+    """It may have resumed by itself meanwhile."""
     async with running_pair() as pair:
         pair.ground.wire.swallows_ack = True
         migration_id = await pair.ask()
@@ -111,6 +113,12 @@ async def test_the_source_qemu_dies_while_its_daemon_is_down_and_the_guest_is_sa
         await pair.kill("alpha")
         pair.hosts["alpha"].qemu(VM).die("killed")
         await pair.start("alpha")
+        await pair.until_phase(migration_id, Phase.NEEDS_OPERATOR)
+        await asyncio.sleep(60.0)
+        assert pair.running_on() is None
+        await pair.alpha.service.resolve(
+            migration_id, Resolution.USE_DESTINATION_COPY, evidence="its log says so", by="op"
+        )
         view = await pair.until_over(migration_id)
         assert view.phase == Phase.SUCCEEDED, view.cause
         assert pair.running_on() == "beta"

@@ -2,7 +2,7 @@
 
 A test of a 30 s deadline takes as long as the work around it. Time jumps to the next timer whenever
 no callback is ready, so the order of events depends on the simulated durations alone: a run is
-repeatable. Calls into threads are made at once, on the loop, and take no time.
+repeatable. Calls into threads are waited for in real time, and take none of the virtual one.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Callable
-from typing import Any, TypeVar
+from concurrent.futures import Executor
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 BOOT_S = 1_000.0
 SOON_S = 0.002
 LATER_S = 0.2
+THREAD_S = 10.0
 WALL_S = 1_700_000_000.0
 """The wall clock at the loop's beginning; far from the monotonic one, so that mixing them shows."""
 
@@ -29,6 +32,8 @@ class _Jumping(selectors.DefaultSelector):
     loop: VirtualTimeLoop
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if self.loop.calls_in_threads:
+            return super().select(0 if timeout == 0 else THREAD_S)
         ready = super().select(0)
         if ready or timeout == 0:
             return ready
@@ -45,20 +50,32 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         selector = _Jumping()
         selector.loop = self
         self.now_s = BOOT_S
+        self.calls_in_threads = 0
         super().__init__(selector)
 
     def time(self) -> float:
         return self.now_s
 
-    def run_in_executor(  # type: ignore[override]  # the same call, typed for what it returns here
-        self, executor: object, func: Callable[..., T], *args: Any
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[Unpack[Ts]], T], *args: *Ts
     ) -> asyncio.Future[T]:
-        done: asyncio.Future[T] = self.create_future()
+        call = super().run_in_executor(executor, func, *args)
+        self._begin_call()
+        call.add_done_callback(self._end_call)
+        return call
+
+    async def shutdown_default_executor(self, *args: Any, **named: Any) -> None:
+        self._begin_call()
         try:
-            done.set_result(func(*args))
-        except Exception as exc:
-            done.set_exception(exc)
-        return done
+            await super().shutdown_default_executor(*args, **named)
+        finally:
+            self._end_call()
+
+    def _begin_call(self) -> None:
+        self.calls_in_threads += 1
+
+    def _end_call(self, _: object = None) -> None:
+        self.calls_in_threads -= 1
 
 
 class LoopClock:

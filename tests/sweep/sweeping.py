@@ -15,11 +15,13 @@ from typing import Any
 
 import structlog
 
+from migrd.core.admission import Admission
 from migrd.core.phases import Phase
+from migrd.engine.service import MigrationView, Resolution, Whereabouts
 from migrd.errors import JournalError, MigrdError
 from tests.fakes.gate import Fault, errors_of
 from tests.fakes.road import Faults, Loss
-from tests.fakes.virtual_time import VirtualTimeLoop, until
+from tests.fakes.virtual_time import VirtualTimeLoop, now_s, until
 from tests.fakes.world import VM, Pair
 from tests.sweep.scripts import BEFORE
 
@@ -27,6 +29,8 @@ UNCOUNTED = frozenset({"peer.hello", "launcher.find", "launcher.versions"})
 """Calls of the background that no migration depends on."""
 BROKEN = ("a step broke", "an event has no place", "a migration's task broke")
 """What the engine logs when it has met something it has no rule for: always a defect."""
+PATIENCE_S = 60.0
+"""A doubt that time settles is settled by then."""
 STAYED = frozenset({Phase.ROLLED_BACK, Phase.CANCELLED, Phase.REFUSED})
 
 
@@ -169,9 +173,42 @@ async def _to_the_end(pair: Pair, script: Script, known: set[str]) -> Finished:
         migration_id = next(iter(new), None)
     if migration_id is None:
         return Finished(None, None)
-    view = await pair.until_over(migration_id)
+    view = await _until_over(pair, migration_id)
     cause = None if view.cause is None else f"{view.cause.code}: {view.cause.message}"
     return Finished(view.phase, cause)
+
+
+async def _until_over(pair: Pair, migration_id: str) -> MigrationView:
+    """Its end. Where it needs a person, one looks at the ground and tells it the truth."""
+    deadline_s = now_s() + 400.0
+    doubted_s: float | None = None
+    while now_s() < deadline_s:
+        phase, is_over = pair.stands(migration_id)
+        if is_over:
+            return pair.view(migration_id)
+        if phase != Phase.NEEDS_OPERATOR:
+            doubted_s = None
+        elif doubted_s is None:
+            doubted_s = now_s()
+        elif now_s() - doubted_s > PATIENCE_S:
+            await _tell_the_truth(pair, migration_id)
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"not over: {pair.view(migration_id)}")
+
+
+async def _tell_the_truth(pair: Pair, migration_id: str) -> None:
+    """migrd was right to doubt: its source has died where it could not be watched."""
+    view = pair.view(migration_id)
+    assert view.cause is not None
+    assert view.cause.code == "source_died_unwatched", view.cause
+    assert view.guest_runs_on is Whereabouts.UNKNOWN
+    assert pair.running_on() is None
+    there = pair.hosts["beta"].qemu(VM)
+    kept = there.copy == pair.guest().version
+    word = Resolution.USE_DESTINATION_COPY if kept else Resolution.GUEST_LOST
+    service = pair.alpha.service
+    answer = await service.resolve(migration_id, word, evidence="the ground", by="test")
+    assert answer.admission is Admission.QUEUED
 
 
 async def _check_truth(pair: Pair, finished: Finished) -> None:
