@@ -237,9 +237,9 @@ def _next_step_there(i: Incoming) -> str | None:
         )
     if i.state.phase is DestinationPhase.LOADED and i.note is not None:
         return (
-            f"Bring migrd on {i.stored.source} back: this ends by itself then. If that host is gone "
-            f"for good, this copy may be the last: migrd resolve {i.id} use_destination_copy "
-            "--evidence '...' runs it here, guest_lost throws it away."
+            f"Bring migrd on {i.stored.source} back: this ends by itself then. If that host is "
+            f"gone for good, this copy may be the last: migrd resolve {i.id} "
+            "use_destination_copy --evidence '...' runs it here, guest_lost throws it away."
         )
     return None
 
