@@ -90,6 +90,12 @@ class Limits:
 class FakeQemu:
     """The process. Daemons reach it through `fakes.vmm.FakeVmm` only."""
 
+    is_silent = False
+    """Its in-band monitor answers nothing (SIGSTOP, a blocked main loop)."""
+    refuses_cont: str | None = None
+    ignores_quit = False
+    """Not even SIGKILL ends it (it hangs in the kernel)."""
+
     def __init__(
         self,
         host_name: str,
@@ -125,11 +131,6 @@ class FakeQemu:
         self.limits = Limits()
         self.transfer: Transfer | None = None
         self.was_incoming_once = False
-        self.is_silent = False
-        """Its in-band monitor answers nothing (SIGSTOP, a blocked main loop)."""
-        self.refuses_cont: str | None = None
-        self.ignores_quit = False
-        """Not even SIGKILL ends it (it hangs in the kernel)."""
         self.listeners: list[Callable[[str], None]] = []
         self.on_death: list[Callable[[], None]] = []
         self._answers = asyncio.Event()
