@@ -93,6 +93,8 @@ class FakeQemu:
     is_silent = False
     """Its in-band monitor answers nothing (SIGSTOP, a blocked main loop)."""
     refuses_cont: str | None = None
+    was_incoming_once = False
+    last_words = ""
     ignores_quit = False
     """Not even SIGKILL ends it (it hangs in the kernel)."""
 
@@ -121,7 +123,6 @@ class FakeQemu:
         self.status = QemuStatus.NONE
         self.run_state = RunState.INMIGRATE if incoming else RunState.PRELAUNCH
         self.is_dead = False
-        self.last_words = ""
         self.copy: int | None = None if incoming else guest.version
         self.missing_from: Holder | None = None
         self.autostart = False
@@ -130,7 +131,6 @@ class FakeQemu:
         self.numbers = Numbers()
         self.limits = Limits()
         self.transfer: Transfer | None = None
-        self.was_incoming_once = False
         self.listeners: list[Callable[[str], None]] = []
         self.on_death: list[Callable[[], None]] = []
         self._answers = asyncio.Event()
