@@ -1,6 +1,7 @@
 """One migration after another through the Vmm port: the fake keeps the rules of the real ones."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -262,7 +263,8 @@ async def test_a_stalled_switchover_is_freed_out_of_band(world: World, channels:
         await source.start_outgoing(link.address)
         await status_seen(feed, QemuStatus.PRE_SWITCHOVER)
         await link.freeze()
-        await source.continue_switchover()
+        with contextlib.suppress(VmmTimedOut):  # it may block before it has answered
+            await source.continue_switchover()
         await status_seen(feed, QemuStatus.DEVICE)
         started_s = time.monotonic()
         await source.free_stalled()
