@@ -13,8 +13,8 @@ fleet was made with `proxied=True`. Leaving the context ends daemons and QEMUs, 
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +35,7 @@ VM = "guest"
 MIB = 1 << 20
 TERMINAL = {"succeeded", "rolled_back", "cancelled", "refused", "guest_lost"}
 STREAM_HOST = "127.0.0.2"
+HELD = Path(__file__).with_name("held.py")
 
 SMALL = GuestImage(working_set_pages=8 * 256, pages_per_s=1000, pattern=Pattern.RANDOM, noise=True)
 """8 MiB dirtied at 4 MiB/s: gone in a moment."""
@@ -42,6 +43,10 @@ BUSY = GuestImage(
     working_set_pages=48 * 256, pages_per_s=20 * 256, pattern=Pattern.RANDOM, noise=True
 )
 """48 MiB dirtied at 20 MiB/s: with a bandwidth limit below that it never converges."""
+LIVELY = GuestImage(
+    working_set_pages=6 * 256, pages_per_s=20 * 256, pattern=Pattern.RANDOM, noise=True
+)
+"""6 MiB dirtied at 20 MiB/s: below 8 MiB/s it does not converge, and shows that soon."""
 
 
 @dataclass
@@ -53,6 +58,8 @@ class Fleet:
     image: GuestImage
     memory_mib: int
     stream: FreezingProxy | None = None
+    namespaces: Mapping[str, str] = field(default_factory=dict)
+    """Host -> network namespace in which its daemon, and so its QEMUs, live."""
     taps: list[SerialTap] = field(default_factory=list)
     _listening: dict[Path, asyncio.Task[None]] = field(default_factory=dict)
 
@@ -148,6 +155,19 @@ class Fleet:
             await asyncio.sleep(0.02)
         raise AssertionError(f"the guest does not count on {host}")
 
+    def beats(self, host: str) -> int:
+        """Heartbeats printed on a host so far."""
+        return sum(tap.text().count(b"H ") for tap in self.taps if tap.owner.startswith(f"{host}/"))
+
+    async def stands_still(self, host: str, *, for_s: float = 0.7, within_s: float = 20.0) -> None:
+        """The guest has stopped printing there (it prints every 10 ms)."""
+        give_up_at, since, before = time.monotonic() + within_s, time.monotonic(), -1
+        while time.monotonic() - since < for_s:
+            if (now := self.beats(host)) != before:
+                since, before = time.monotonic(), now
+            assert time.monotonic() < give_up_at, f"the guest counts on, on {host}"
+            await asyncio.sleep(0.02)
+
     async def listen(self) -> None:
         """Record every serial line there is, from its first byte; runs until cancelled."""
         while True:
@@ -209,7 +229,34 @@ class Fleet:
         await process.wait()
 
     async def start_daemon(self, host: str) -> None:
-        await hosts.start(self.hosts[host])
+        await hosts.start(self.hosts[host], self.program(host))
+
+    def program(self, host: str) -> tuple[str, ...]:
+        """What is run as this host's migrd: one that can be held at its journal (`held`)."""
+        inside = self.namespaces.get(host)
+        entry = ("ip", "netns", "exec", inside) if inside else ()
+        return (*entry, sys.executable, str(HELD), str(self._holds(host)))
+
+    def _holds(self, host: str) -> Path:
+        return self.hosts[host].directory / "holds"
+
+    def hold(self, host: str, when: str, trigger: str) -> None:
+        """Make the daemon wait `before` or `after` the record of a trigger is durable."""
+        self._mark(host, when, trigger).touch()
+
+    async def held(self, host: str, when: str, trigger: str, *, within_s: float = 30.0) -> None:
+        """The daemon has come to the point."""
+        reached = self._mark(host, when, trigger).with_suffix(".reached")
+        give_up_at = time.monotonic() + within_s
+        while not await asyncio.to_thread(reached.exists):
+            assert time.monotonic() < give_up_at, f"{host} never came to {reached.name}"
+            await asyncio.sleep(0.01)
+
+    def let_go(self, host: str, when: str, trigger: str) -> None:
+        self._mark(host, when, trigger).unlink()
+
+    def _mark(self, host: str, when: str, trigger: str) -> Path:
+        return self._holds(host) / f"{when}-{trigger}"
 
     def signal_daemon(self, host: str, number: signal.Signals) -> None:
         process = self.hosts[host].process
@@ -234,8 +281,14 @@ async def fleet(
     tls: bool = False,
     proxied: bool = False,
     settings: Mapping[str, Mapping[str, str]] | None = None,
+    links: Mapping[str, tuple[str, str]] | None = None,
+    no_reboot: bool = False,
 ) -> AsyncIterator[Fleet]:
-    """Two daemons, ready. `settings` are further lines of TOML, as `hosts.lay_out` takes them."""
+    """Two daemons, ready. `settings` are further lines of TOML, as `hosts.lay_out` takes them.
+
+    `links`: host -> (network namespace, its address there); else both are on the loopback.
+    `no_reboot`: a guest that resets its machine ends its QEMU.
+    """
     more = {name: dict((settings or {}).get(name, {})) for name in ("alpha", "beta")}
     port = (await asyncio.to_thread(hosts.free_ports, 1))[0]
     if proxied:
@@ -254,6 +307,16 @@ async def fleet(
     )
     await asyncio.to_thread(image.write_rom, directory / "firmware" / "guest.rom")
     two = Fleet(directory, {host.name: host for host in pair}, image, memory_mib)
+    for host in pair:
+        (host.directory / "holds").mkdir()
+        if no_reboot:
+            profile = host.directory / "profiles" / "demo.toml"
+            text = await asyncio.to_thread(profile.read_text)
+            text = text.replace('"-nodefaults",', '"-nodefaults", "-no-reboot",')
+            await asyncio.to_thread(profile.write_text, text)
+    if links is not None:
+        two.namespaces = {name: namespace for name, (namespace, _) in links.items()}
+        await asyncio.to_thread(_move_to, pair, {name: links[name][1] for name in two.hosts})
     async with contextlib.AsyncExitStack() as stack:
         if proxied:
             two.stream = await stack.enter_async_context(
@@ -262,8 +325,17 @@ async def fleet(
         stack.push_async_callback(_end, two)
         listening = asyncio.create_task(two.listen())
         stack.push_async_callback(_end_listening, two, listening)
-        await asyncio.gather(*(hosts.start(host) for host in pair))
+        await asyncio.gather(*(two.start_daemon(host.name) for host in pair))
         yield two
+
+
+def _move_to(pair: tuple[Host, Host], addresses: Mapping[str, str]) -> None:
+    """Rewrite both configurations for addresses of their own."""
+    for host, other in (pair, reversed(pair)):
+        text = host.config.read_text()
+        text = text.replace('listen_host = "127.0.0.1"', f'listen_host = "{addresses[host.name]}"')
+        text = text.replace("https://127.0.0.1:", f"https://{addresses[other.name]}:")
+        host.config.write_text(text)
 
 
 async def _end_listening(two: Fleet, listening: asyncio.Task[None]) -> None:
@@ -278,5 +350,3 @@ async def _end(two: Fleet) -> None:
             two.signal_daemon(host.name, signal.SIGCONT)
         await hosts.stop(host)
     await asyncio.to_thread(processes.end, await two.qemus())
-    for host in two.hosts.values():  # a killed QEMU leaves its sockets
-        await asyncio.to_thread(shutil.rmtree, host.directory / "run" / "vms", True)
