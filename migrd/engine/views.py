@@ -139,28 +139,11 @@ def next_step(m: Outgoing) -> str | None:
     request, here = m.stored.request, m.world.options.host
     there, vm = request.destination, request.vm
     match m.state.phase:
-        case Phase.NEEDS_OPERATOR if m.state.granted:
-            return (
-                f"Find out whether {vm} runs on {there}. When migrd on {there} can be brought "
-                f"back, do that: this ends by itself. If {there} is dead for good and powered off, "
-                f"prove it and say so: migrd resolve {m.id} destination_fenced --evidence '...' "
-                f"(the guest then goes on from the copy on {here})."
-            )
-        case Phase.NEEDS_OPERATOR if m.vmm.is_dead:
-            return (
-                f"The QEMU on {here} is dead; {there} may hold a whole copy of {vm}, stopped. When "
-                f"{vm} did nothing after that copy was taken (see when it died, and its disk), say "
-                f"so: migrd resolve {m.id} use_destination_copy --evidence '...'; else give it up: "
-                f"migrd resolve {m.id} guest_lost --evidence '...'."
-            )
         case Phase.NEEDS_OPERATOR:
-            return (
-                f"Look at the VM's QEMU on {here} (pid {m.vmm.pid}): it does not say where "
-                "the guest stands. migrd keeps trying; kill nothing on either side before that."
-            )
+            return _operators_part(m)
+        case Phase.GUEST_LOST if m.has_left:
+            return f"{vm} died with its move. See to its QEMU on {there}, then start it there."
         case Phase.GUEST_LOST:
-            if m.has_left:
-                return f"{vm} died with its move. See to its QEMU on {there}, then start it there."
             return f"{vm} runs nowhere. Start it again where you want it: migrd start {vm}"
         case Phase.ROLLED_BACK:
             return f"{vm} runs on {here}. Mend what the cause names, then migrate again."
@@ -172,13 +155,31 @@ def next_step(m: Outgoing) -> str | None:
                 f"Mend the network between {here} and {there}: {vm} waits for memory that is "
                 f"still on {here}. Kill neither QEMU."
             )
-        case Phase.COMPLETING if "PostcopyFailed" in m.troubles:
-            return (
-                f"Look at {vm} on {there}. If it stands still, part of its memory is gone for "
-                f"good: end its QEMU there, then start it again. The QEMU on {here} cannot help."
-            )
         case _:
             return None
+
+
+def _operators_part(m: Outgoing) -> str:
+    """What would settle a migration in needs_operator."""
+    here, there, vm = m.world.options.host, m.stored.request.destination, m.stored.request.vm
+    if m.state.granted:
+        return (
+            f"Find out whether {vm} runs on {there}. When migrd on {there} can be brought "
+            f"back, do that: this ends by itself. If {there} is dead for good and powered off, "
+            f"prove it and say so: migrd resolve {m.id} destination_fenced --evidence '...' "
+            f"(the guest then goes on from the copy on {here})."
+        )
+    if m.vmm.is_dead:
+        return (
+            f"The QEMU on {here} is dead; {there} may hold a whole copy of {vm}, stopped. When "
+            f"{vm} did nothing after that copy was taken (see when it died, and its disk), say "
+            f"so: migrd resolve {m.id} use_destination_copy --evidence '...'; else give it up: "
+            f"migrd resolve {m.id} guest_lost --evidence '...'."
+        )
+    return (
+        f"Look at the VM's QEMU on {here} (pid {m.vmm.pid}): it does not say where "
+        "the guest stands. migrd keeps trying; kill nothing on either side before that."
+    )
 
 
 def of_incoming(i: Incoming) -> MigrationView:
