@@ -180,5 +180,5 @@ async def running(
 async def until(condition: Any, *, deadline_s: float = DEADLINE_S) -> None:
     """Wait until `condition()` holds; fail at the deadline."""
     async with asyncio.timeout(deadline_s):
-        while not condition():  # noqa: ASYNC110  (the condition is anything)
+        while not condition():  # noqa: ASYNC110 - the condition is anything
             await asyncio.sleep(0.005)
