@@ -39,7 +39,10 @@ from migrd.errors import (
 )
 
 NEAR_S: Final = 0.25
-ASK_S: Final = 2.0
+ASK_S: Final = 0.3
+LOST_S: Final = 0.8
+"""A long poll that has not answered by then is asked again: its message, or the answer, was lost,
+and the guest may stand still."""
 FIRST_RETRY_S: Final = 0.02
 LONGEST_RETRY_S: Final = 2.0
 YANKED_S: Final = 5.0
@@ -172,10 +175,11 @@ async def _destination_loaded(m: Outgoing) -> DestinationView:
     generation, pause_s = -1, FIRST_RETRY_S
     while True:
         try:
-            view = await m.peer.view(m.id, newer_than=generation, wait_s=ASK_S)
-        except PeerError as exc:
+            async with asyncio.timeout(LOST_S):
+                view = await m.peer.view(m.id, newer_than=generation, wait_s=ASK_S)
+        except (PeerError, TimeoutError) as exc:
             generation = -1  # a daemon that was restarted counts anew
-            m.trouble("DestinationUnreachable", exc.message)
+            m.trouble("DestinationUnreachable", str(exc) or f"no answer within {LOST_S:g} s")
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_RETRY_S)
         else:
