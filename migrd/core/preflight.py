@@ -104,6 +104,14 @@ def _of_request(request: Request, source: SourceFacts) -> Iterator[Refusal]:
             f"QEMU refuses postcopy for a VM with passthrough devices ({', '.join(devices)})",
             "choose another when_not_converging: wait, throttle or give_up",
         )
+    if request.multifd_channels and request.may_postcopy:
+        # QEMU 10 refuses the pair; 7.2 takes it, and does not say what comes of it
+        yield Refusal(
+            "multifd_with_postcopy",
+            f"QEMU does not do postcopy over multifd (multifd_channels = "
+            f"{request.multifd_channels})",
+            "leave out multifd_channels, or choose another when_not_converging",
+        )
 
 
 def _of_source(request: Request, source: SourceFacts) -> Iterator[Refusal]:

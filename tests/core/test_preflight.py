@@ -80,6 +80,9 @@ PROVOKED: dict[str, dict[str, Any]] = {
         "request": Request("vm1", "beta", allow_postcopy=True),
         "source": vm(passthrough_devices=("hostdev0",)),
     },
+    "multifd_with_postcopy": {
+        "request": Request("vm1", "beta", multifd_channels=2, allow_postcopy=True),
+    },
     "guest_not_movable": {"source": vm(run_state=RunState.INTERNAL_ERROR)},
     "qemu_already_migrating": {"source": vm(qemu_status=QemuStatus.ACTIVE)},
     "qemu_blocks": {"source": vm(blocked_reasons=("nvme",))},

@@ -1,7 +1,7 @@
 """How the tests of failures begin and end: a guest that moves, and what must be true afterwards."""
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,17 @@ async def in_switchover(two: Fleet, **more: Json) -> str:
     return migration
 
 
+def has_condition(type_: str) -> Callable[[dict[str, Any]], bool]:
+    """For `Fleet.until`: this condition stands."""
+    return lambda seen: type_ in [condition["type"] for condition in seen["conditions"]]
+
+
+def full_speed(two: Fleet) -> None:
+    """The road is no longer slow."""
+    if two.stream is not None:
+        two.stream.to_target.delay_s = 0.0
+
+
 async def hurry(two: Fleet, migration: str) -> None:
     """Lift the bandwidth limit: it converges now."""
     await two.call("alpha", "PATCH", f"/v1/migrations/{migration}/policy", body=FAST)
@@ -94,8 +105,7 @@ async def stayed(two: Fleet, migration: str, phase: str, *causes: str) -> dict[s
 
 async def moves_again(two: Fleet) -> None:
     """The same VM migrates as if nothing had been."""
-    if two.stream is not None:
-        two.stream.to_target.delay_s = 0.0
+    full_speed(two)
     await moved(two, await two.migrate("alpha", "beta", policy=FAST))
 
 

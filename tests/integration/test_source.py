@@ -15,6 +15,7 @@ from migrd.demo.proof import heartbeats
 from tests.integration.fleet import LIVELY, SMALL, Fleet
 from tests.integration.scenarios import (
     SLOW,
+    full_speed,
     hurry,
     in_precopy,
     in_switchover,
@@ -42,6 +43,7 @@ async def test_the_sources_qemu_dying_loses_the_guest_and_says_so(
         await two.only_qemus(0)
         await two.call("alpha", "POST", "/v1/vms/guest:start")
         await two.counts_on("alpha")
+        full_speed(two)
         again = await two.migrate("alpha", "beta")
         assert (await two.ended("alpha", again))["phase"] == "succeeded"
         await two.only_qemus(1)
