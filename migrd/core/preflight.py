@@ -23,6 +23,7 @@ MOVABLE: Final = frozenset({RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNC
 """Run states in which a guest may be moved. After an internal or I/O error its state is not to be
 trusted; after shutdown there is nothing to move."""
 
+WORD: Final = {True: "required", False: "off"}
 BUSY: Final = frozenset(
     {
         QemuStatus.SETUP,
@@ -104,12 +105,10 @@ def _of_request(request: Request, source: SourceFacts) -> Iterator[Refusal]:
             f"QEMU refuses postcopy for a VM with passthrough devices ({', '.join(devices)})",
             "choose another when_not_converging: wait, throttle or give_up",
         )
-    if request.multifd_channels and request.may_postcopy:
-        # QEMU 10 refuses the pair; 7.2 takes it, and does not say what comes of it
+    if request.multifd_channels and request.may_postcopy:  # QEMU 7.2 takes it, untried
         yield Refusal(
             "multifd_with_postcopy",
-            f"QEMU does not do postcopy over multifd (multifd_channels = "
-            f"{request.multifd_channels})",
+            f"QEMU does no postcopy with multifd_channels = {request.multifd_channels}",
             "leave out multifd_channels, or choose another when_not_converging",
         )
 
@@ -170,7 +169,7 @@ def _of_destination(
     if destination.tls != source.tls:
         yield Refusal(
             "tls_mismatch",
-            f"migration.tls is {_word(source.tls)} here and {_word(destination.tls)} on {host}",
+            f"migration.tls is {WORD[source.tls]} here and {WORD[destination.tls]} on {host}",
             "set migration.tls alike on both hosts",
         )
     if destination.incoming_slots_free < 1:
@@ -248,7 +247,3 @@ def _warnings(source: SourceFacts, destination: DestinationFacts) -> Iterator[Re
             f"QEMU {source.vm.qemu_version} here, {destination.qemu_version} on "
             f"{destination.host}: it works within one versioned machine type",
         )
-
-
-def _word(tls: bool) -> str:
-    return "required" if tls else "off"
