@@ -50,13 +50,18 @@ arguments = [{arguments}]
 """
 
 
-def qemu_arguments(rom: Path, stamps: Stamps) -> list[str]:
-    """What every QEMU of every driver gets beside machine, accelerator, CPU and memory."""
+def extra_arguments(stamps: Stamps) -> list[str]:
+    """What the measuring needs of a QEMU: heartbeat and trace."""
     return [
-        *("-nodefaults", "-display", "none", "-bios", str(rom), *stamps.chardev()),
+        *stamps.chardev(),
         *("-msg", "timestamp=on"),
         *(word for name in TRACED for word in ("-trace", name)),
     ]
+
+
+def qemu_arguments(rom: Path, stamps: Stamps) -> list[str]:
+    """What every QEMU gets beside machine, accelerator, CPU and memory."""
+    return ["-nodefaults", "-display", "none", "-bios", str(rom), *extra_arguments(stamps)]
 
 
 def command_of(pid: int, binary: Path) -> list[str]:

@@ -1,0 +1,72 @@
+"""migrd beside `virsh migrate` of libvirt 11, and beside the bare script; none with TLS."""
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from tests.bench.figures import Figure, Judge, Table, median
+from tests.bench.guest import Guest
+from tests.bench.libvirt import LibvirtMissing, VirshRig, virsh_rig
+from tests.bench.moving import Measured, drivers, measure, move_figures, phases_sum
+from tests.bench.rig import extra_arguments
+from tests.bench.stamper import stamping
+from tests.setup import debian
+
+LOUD: Final = """\
+!!! NOT MEASURED HERE: `virsh migrate`. libvirt 11 could not be set up on this machine:
+!!! {why}
+!!! The bound "total time at most 0.35 of virsh" is neither met nor missed by this run."""
+
+
+async def run(runs: int) -> Table:
+    """All three in turns, after one move each that is not counted."""
+    guest = Guest()
+    table = Table()
+    with tempfile.TemporaryDirectory(prefix="migrd-", dir="/tmp") as work:
+        directory = Path(work)
+        async with contextlib.AsyncExitStack() as stack:
+            stamps = stack.enter_context(stamping(directory / "beats"))
+            rig, script = await stack.enter_async_context(
+                drivers(directory, stamps, guest, tls=False)
+            )
+            rom = directory / "guest.rom"
+            libvirt: VirshRig | None = None
+            try:
+                libvirt = await stack.enter_async_context(
+                    virsh_rig(
+                        directory / "v",
+                        debian.qemu_binaries()["10"],
+                        guest,
+                        rom,
+                        extra_arguments(stamps),
+                    )
+                )
+            except (LibvirtMissing, debian.SetUpError, OSError) as failure:
+                table.notes.append(LOUD.format(why=failure))
+            ours, theirs, libvirts = Measured(), Measured(), Measured()
+            for turn in range(runs + 1):
+                keep = turn > 0
+                await measure(rig, stamps, rig.directory, ours, keep=keep)
+                await measure(script, stamps, script.directory, theirs, keep=keep)
+                if libvirt is not None:
+                    await measure(libvirt, stamps, libvirt.directory, libvirts, keep=keep)
+    phases_sum(rig.answers[1:], ours.total_s)
+    figures = move_figures(ours, theirs, tls=False)
+    if libvirt is not None:
+        figures.append(virsh_figure(ours, libvirts))
+        table.notes.append(virsh_blackout(libvirts))
+    table.add(Table.of("virsh", runs, figures, []))
+    return table
+
+
+def virsh_figure(ours: Measured, libvirts: Measured) -> Figure:
+    virsh = "virsh migrate (libvirt 11)"
+    total = (median(ours.total_s) * 1000, median(libvirts.total_s) * 1000, virsh)
+    return Figure("total time, no TLS", "ms", *total, Judge.RATIO, 0.35)
+
+
+def virsh_blackout(libvirts: Measured) -> str:
+    """Not judged: its guest is not quite the same (see `libvirt`)."""
+    blackout_ms = median(libvirts.blackout_s) * 1000
+    return f"blackout with virsh, whose guest has a little less memory: {blackout_ms:.1f} ms"
