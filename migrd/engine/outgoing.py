@@ -35,6 +35,7 @@ from migrd.core.phases import (
     Phase,
     Trigger,
 )
+from migrd.engine.ahead import Ahead
 from migrd.engine.outgoing_record import OutgoingRecord
 from migrd.engine.ports import Peer, StoredRequest, StoredVm, Vmm
 from migrd.engine.world import World
@@ -64,6 +65,7 @@ class Outgoing(OutgoingRecord):
     ) -> None:
         super().__init__(world, stored, state, vmm, peer)
         self._steps = steps
+        self.ahead = Ahead()
         self.on_ended: Callable[[Outgoing], None] = lambda _: None
         """Called in the instant of the end, before anybody is told."""
         self._wishes: asyncio.Queue[MigrationEvent] = asyncio.Queue(maxsize=64)
@@ -93,8 +95,11 @@ class Outgoing(OutgoingRecord):
         try:
             while not self.state.is_terminal:
                 await self._apply_durably(await self._next_event())
+                if self.state.phase is not Phase.SWITCHOVER:
+                    await self.ahead.drop()
             await self._flush()
         finally:
+            await self.ahead.drop()
             await _end(keeper)
             if self._saving is not None:
                 await asyncio.wait([self._saving])

@@ -144,6 +144,8 @@ class Steering:
         """QEMU has left precopy, one way or the other."""
         m = self._m
         if sample.qemu_status in LEFT_PRECOPY and not sample.is_of_arrival:
+            if sample.qemu_status is QemuStatus.PRE_SWITCHOVER and not is_pointless(m):
+                m.ahead.begin_switchover(m.vmm.continue_switchover())
             self._record_qemus_decision(sample)
             m.may_have_run = sample.qemu_status is not QemuStatus.PRE_SWITCHOVER
             stopped_at_s = sample.stopped_at_s or sample.at_s
@@ -285,7 +287,7 @@ class Steering:
         m, generation = self._m, -1
         while True:
             try:
-                view = await m.peer.view(m.id, newer_than=generation, wait_s=ASK_S)
+                view = await self._asked(generation)
             except PeerRefused as exc:
                 m.trouble("DestinationUnclear", exc.message)
                 await asyncio.sleep(TICK_S)
@@ -296,6 +298,16 @@ class Steering:
             else:
                 generation, self._destination = view.generation, view
                 await self._let_go()
+
+    async def _asked(self, generation: int) -> DestinationView:
+        """The next view. When this step ends meanwhile, the switchover goes on waiting for it."""
+        m = self._m
+        asking = asyncio.create_task(m.peer.view(m.id, newer_than=generation, wait_s=ASK_S))
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            m.ahead.keep_view(asking)
+            raise
 
     async def _hold(self, why: str) -> None:
         if not self._holding:
@@ -339,6 +351,12 @@ async def _last_word(m: Outgoing) -> DestinationView | None:
                 generation = view.generation
     except (TimeoutError, PeerError):
         return None
+
+
+def is_pointless(m: Outgoing) -> bool:
+    """The guest stands still, nobody could start it over there, and nothing has left yet."""
+    waiting = m.sample is not None and m.sample.qemu_status is QemuStatus.PRE_SWITCHOVER
+    return waiting and "DestinationUnreachable" in m.troubles
 
 
 async def why_failed(m: Outgoing, sample: TransferSample) -> str:

@@ -27,6 +27,7 @@ from migrd.core.migration import Cause, MigrationEvent, Mode
 from migrd.core.phases import Phase, Trigger
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView
+from migrd.engine.precopy import is_pointless
 from migrd.engine.recover_postcopy import finish_postcopy
 from migrd.engine.rollback import bring_back, unwatched
 from migrd.errors import (
@@ -52,7 +53,7 @@ DEATH_S: Final = 5.0
 
 async def complete_switchover(m: Outgoing) -> MigrationEvent:
     """Carry out COMPLETE_SWITCHOVER."""
-    if _is_pointless(m):
+    if is_pointless(m):
         return m.failed(
             "destination_unreachable",
             f"migrd on {m.peer.name} does not answer; the guest was not kept waiting for it",
@@ -81,12 +82,6 @@ async def _persist(m: Outgoing) -> MigrationEvent:
             m.log.warning("looking again", cause=exc.message)
             fresh = True
             await asyncio.sleep(FIRST_RETRY_S)
-
-
-def _is_pointless(m: Outgoing) -> bool:
-    """The guest stands still, nobody could start it over there, and nothing has left yet."""
-    waiting = m.sample is not None and m.sample.qemu_status is QemuStatus.PRE_SWITCHOVER
-    return waiting and "DestinationUnreachable" in m.troubles
 
 
 async def _both_sides_done(m: Outgoing, *, fresh: bool) -> MigrationEvent:
@@ -153,8 +148,9 @@ async def _ask_source(m: Outgoing) -> TransferSample | None:
 
 async def _continue(m: Outgoing) -> None:
     """migrate-continue; not to know whether it took effect is no reason to stop watching."""
+    begun = m.ahead.take_switchover()
     with contextlib.suppress(VmmTimedOut):
-        await m.vmm.continue_switchover()
+        await (begun or m.vmm.continue_switchover())
 
 
 def _verdict(m: Outgoing, sample: TransferSample) -> tuple[bool, MigrationEvent | None]:
@@ -174,9 +170,10 @@ async def _destination_loaded(m: Outgoing) -> DestinationView:
     """Long poll until the destination has the guest, or has refused it."""
     generation, pause_s = -1, FIRST_RETRY_S
     while True:
+        asking = m.ahead.take_view()
         try:
             async with asyncio.timeout(LOST_S):
-                view = await m.peer.view(m.id, newer_than=generation, wait_s=ASK_S)
+                view = await (asking or m.peer.view(m.id, newer_than=generation, wait_s=ASK_S))
         except (PeerError, TimeoutError) as exc:
             generation = -1  # a daemon that was restarted counts anew
             m.trouble("DestinationUnreachable", str(exc) or f"no answer within {LOST_S:g} s")
