@@ -235,9 +235,29 @@ class Incoming(IncomingRecord):
                 self.sample = sample or self.sample
                 if sample is not None:
                     self._note_pause(sample.qemu_status is QemuStatus.POSTCOPY_PAUSED)
+                if self.postcopy_paused and await self._is_beyond_help(vmm):
+                    await vmm.quit()
+                    raise VmmDied(f"QEMU {vmm.pid} was ended: the memory it waited for is gone")
                 sample = await feed.newer(within_s=TICK_S)
         self.transfer_completed = True
         self._tell("migration.changed")
+
+    async def _is_beyond_help(self, vmm: Vmm) -> bool:
+        """The source's QEMU is proven dead, and this one waits for what only that one had.
+
+        Parts of the guest may run on for a while: before anybody says that it runs nowhere, so
+        that it may be started anew, it has to be ended here.
+        """
+        if self.source is None:
+            return False
+        try:
+            async with asyncio.timeout(2.0):
+                view = await self.source.source_view(self.id)
+        except (PeerError, TimeoutError):
+            return False
+        if not view.copy_gone:
+            return False
+        return (await vmm.sample()).qemu_status is QemuStatus.POSTCOPY_PAUSED  # asked after that
 
     def _note_pause(self, is_paused: bool) -> None:
         if is_paused is not self.postcopy_paused:

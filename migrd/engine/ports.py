@@ -230,6 +230,8 @@ class SourceView:
     migration_id: str
     epoch: int
     phase: str
+    copy_gone: bool = False
+    """Its QEMU is proven dead: no memory of the guest comes from there any more."""
 
 
 @dataclass(frozen=True)

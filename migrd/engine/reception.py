@@ -213,7 +213,7 @@ class Reception:
         m = self._migrations.outgoing.get(migration_id)
         if m is None:
             raise NotFound(f"migration {migration_id} is not known here")
-        return SourceView(m.id, m.state.epoch, m.state.phase.value)
+        return SourceView(m.id, m.state.epoch, m.state.phase.value, copy_gone=m.vmm.is_dead)
 
     def _known(self, migration_id: str) -> Incoming:
         try:

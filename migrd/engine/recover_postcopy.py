@@ -37,6 +37,7 @@ async def finish_postcopy(m: Outgoing) -> MigrationEvent | None:
     try:
         await _until_completed(m)
     except _DestinationDied as exc:
+        await m.vmm.quit()  # a copy of before it ran over there: nobody may take it for the guest
         text = f"the QEMU on {m.peer.name} died, and the guest with it ({exc}); the rest of its "
         return m.event(
             Trigger.GUEST_DIED, cause=Cause("vmm_died", f"{text}memory here is of no use")
@@ -158,8 +159,8 @@ async def _has_everything(m: Outgoing) -> bool:
 async def _destination_complete(m: Outgoing) -> bool:
     """The source is dead: does the destination have all memory after all?
 
-    Asked until answered, and no is only what was seen: its QEMU dead, or waiting for memory that
-    cannot come any more.
+    Asked until answered, and no is only what was seen: its QEMU dead. (It ends that itself when
+    it waits for memory that cannot come any more.)
     """
     while True:
         try:
@@ -170,6 +171,6 @@ async def _destination_complete(m: Outgoing) -> bool:
             m.settle("DestinationUnreachable")
             if view.transfer_completed:
                 return True
-            if view.vmm_died or view.postcopy_paused:
+            if view.vmm_died:
                 return False
         await asyncio.sleep(TICK_S)

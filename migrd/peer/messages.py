@@ -180,13 +180,14 @@ class WireSourceView(WireModel):
     migration_id: MigrationId
     epoch: Epoch
     phase: Name
+    copy_gone: bool = False
 
     @classmethod
     def of(cls, view: SourceView) -> Self:
-        return cls(migration_id=view.migration_id, epoch=view.epoch, phase=view.phase)
+        return cls(**vars(view))
 
     def value(self) -> SourceView:
-        return SourceView(self.migration_id, self.epoch, self.phase)
+        return SourceView(self.migration_id, self.epoch, self.phase, self.copy_gone)
 
 
 class WireRefusal(WireModel):

@@ -130,8 +130,8 @@ async def test_each_call_brings_back_what_the_host_answers(link: Link) -> None:
     ran = await peer.grant("m1", 3, run_guest=True)
     assert (ran.phase, ran.guest_running, ran.generation) == (DestinationPhase.RUNNING, True, 3)
     assert await peer.listen_for_recovery("m1") == TransferAddress("192.0.2.7", 50000)
-    service.outgoing["m2"] = ("host-a", SourceView("m2", 9, "granted"))
-    assert await peer.source_view("m2") == SourceView("m2", 9, "granted")
+    service.outgoing["m2"] = ("host-a", SourceView("m2", 9, "granted", copy_gone=True))
+    assert await peer.source_view("m2") == SourceView("m2", 9, "granted", copy_gone=True)
 
 
 async def test_parameters_keep_their_types_on_the_way(link: Link) -> None:

@@ -144,3 +144,9 @@ async def test_a_qemu_killed_in_postcopy_takes_the_guest_with_it_and_that_is_sai
         seen = await two.ended("alpha", migration)
         assert seen["phase"] == "guest_lost", seen
         assert seen["guest_runs_on"] == "nowhere"
+        assert await two.qemus() == []  # nothing that might be taken for it
+        full_speed(two)
+        await two.call("beta", "POST", "/v1/vms/guest:start")  # it had moved: it belongs there
+        await two.counts_on("beta")
+        again = await two.ended("beta", await two.migrate("beta", "alpha"))
+        assert again["phase"] == "succeeded", again["cause"]
