@@ -24,7 +24,7 @@ class Guest:
 
     memory_mib: int = 128
     working_set_bytes: int = 32 << 20
-    dirty_bytes_per_s: int = 20_000_000
+    dirty_bytes_per_s: int = 8_000_000
 
     def rom(self) -> bytes:
         """For QEMU's `-bios`. Raises CalledProcessError where binutils are missing."""
