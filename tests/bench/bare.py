@@ -7,6 +7,10 @@
 What a good programmer would write in an afternoon: it waits for events, does what it can at the
 same time, and trusts in everything. No journal, no second host, no deadline, no recovery, nothing
 of migrd's code but the settings, which have to be the same.
+
+Its QEMUs have sessions of their own, as every launcher gives them that is to outlive its terminal.
+That counts: on a busy machine Linux shares out the processors by session (sched(7), autogroup), and
+a new one begins with little.
 """
 
 import asyncio
@@ -185,7 +189,12 @@ class BareScript:
         ]
         with (self.directory / "log").open("ab") as log:
             child = await asyncio.to_thread(
-                subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                subprocess.Popen,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # see the module
             )
         try:
             async with asyncio.timeout(20.0):
