@@ -271,6 +271,40 @@ def _serial_logs(below: Path) -> list[Path]:
     return sorted(below.glob("*/*/serial.log"))
 
 
+def _lay_out(
+    directory: Path,
+    binaries: tuple[Path, Path],
+    tls: bool,
+    proxied_port: int | None,
+    settings: Mapping[str, Mapping[str, str]],
+) -> tuple[Host, Host]:
+    """Blocking."""
+    more = {name: dict(settings.get(name, {})) for name in ("alpha", "beta")}
+    if proxied_port is not None:
+        more["alpha"]["roster"] = f'migration_host = "{STREAM_HOST}"\n'
+        more["beta"]["migration"] = more["beta"].get("migration", "") + (
+            f"incoming_slots = 1\nport_range = [{proxied_port}, {proxied_port}]\n"
+        )
+    return hosts.lay_out(
+        directory,
+        names=("alpha", "beta"),
+        binaries=(str(binaries[0]), str(binaries[1])),
+        machine="pc-i440fx-7.2",
+        tls=tls,
+        more=more,
+    )
+
+
+def _prepare(pair: tuple[Host, Host], no_reboot: bool) -> None:
+    """Blocking."""
+    for host in pair:
+        (host.directory / "holds").mkdir()
+        if no_reboot:
+            profile = host.directory / "profiles" / "demo.toml"
+            text = profile.read_text()
+            profile.write_text(text.replace('"-nodefaults",', '"-nodefaults", "-no-reboot",'))
+
+
 @contextlib.asynccontextmanager
 async def fleet(
     directory: Path,
@@ -289,31 +323,13 @@ async def fleet(
     `links`: host -> (network namespace, its address there); else both are on the loopback.
     `no_reboot`: a guest that resets its machine ends its QEMU.
     """
-    more = {name: dict((settings or {}).get(name, {})) for name in ("alpha", "beta")}
     port = (await asyncio.to_thread(hosts.free_ports, 1))[0]
-    if proxied:
-        more["alpha"]["roster"] = f'migration_host = "{STREAM_HOST}"\n'
-        more["beta"]["migration"] = more["beta"].get("migration", "") + (
-            f"incoming_slots = 1\nport_range = [{port}, {port}]\n"
-        )
     pair = await asyncio.to_thread(
-        hosts.lay_out,
-        directory,
-        names=("alpha", "beta"),
-        binaries=(str(binaries[0]), str(binaries[1])),
-        machine="pc-i440fx-7.2",
-        tls=tls,
-        more=more,
+        _lay_out, directory, binaries, tls, port if proxied else None, settings or {}
     )
     await asyncio.to_thread(image.write_rom, directory / "firmware" / "guest.rom")
     two = Fleet(directory, {host.name: host for host in pair}, image, memory_mib)
-    for host in pair:
-        (host.directory / "holds").mkdir()
-        if no_reboot:
-            profile = host.directory / "profiles" / "demo.toml"
-            text = await asyncio.to_thread(profile.read_text)
-            text = text.replace('"-nodefaults",', '"-nodefaults", "-no-reboot",')
-            await asyncio.to_thread(profile.write_text, text)
+    await asyncio.to_thread(_prepare, pair, no_reboot)
     if links is not None:
         two.namespaces = {name: namespace for name, (namespace, _) in links.items()}
         await asyncio.to_thread(_move_to, pair, {name: links[name][1] for name in two.hosts})
