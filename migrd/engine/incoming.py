@@ -42,6 +42,7 @@ from migrd.errors import (
 log = structlog.get_logger(__name__)
 
 TICK_S: Final = 0.5
+SOON_S: Final = 0.25
 RETRY_S: Final = 0.25
 DISCARD_TRIES: Final = 40
 RAN_AND_STOPPED: Final = frozenset(
@@ -190,6 +191,7 @@ class Incoming(IncomingRecord):
 
     async def _await_grant(self) -> None:
         vmm = self._living()
+        await self._poked(within_s=SOON_S)
         async with vmm.feed() as feed:
             while not self._granted.is_set():
                 if self._wanted_refusal is not None or await self._given_up("loaded"):
@@ -203,6 +205,12 @@ class Incoming(IncomingRecord):
             DestinationTrigger.START_ORDERED,
             run_guest=self._run_guest,
         )
+
+    async def _poked(self, *, within_s: float) -> None:
+        """GRANT nearly always comes at once: QEMU is not asked meanwhile, as the guest waits."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._poke.wait()
 
     async def _start_guest(self) -> None:
         """`cont`, again if need be, until the guest is seen to run; only death ends it."""

@@ -9,6 +9,8 @@
   its numbers only; the status stays the event's, and the question is asked again at once.
 - A MIGRATION_PASS (one dirty sync) wakes the poll, so that each round is seen right after its sync;
   passes that follow each other faster than a reply travels show as a jump of the count.
+- STOP and the statuses of a switchover wake nothing: the event says all that matters, the guest
+  stands still, and the answer would be formed with the lock that QEMU's own switchover needs.
 - A slow reader loses no status and no round: only samples between the first and the last of the
   same status and round are dropped.
 - While the monitor is blocked or gone there are no samples, and that says nothing at all about the
@@ -37,6 +39,7 @@ NEAR_END_S = 0.5
 BOUND = 512
 
 _SHORT_LIVED = frozenset({QemuStatus.SETUP, QemuStatus.DEVICE, QemuStatus.CANCELLING})
+_ON_THE_WAY = frozenset({QemuStatus.PRE_SWITCHOVER, QemuStatus.DEVICE})
 _AT_REST = frozenset(
     {QemuStatus.NONE, QemuStatus.COMPLETED, QemuStatus.FAILED, QemuStatus.CANCELLED}
 )
@@ -91,9 +94,13 @@ class QemuFeed:
             self._status_events += 1
             status = QemuStatus.of(event.data.get("status"))
             self._publish(replace(last, at_s=event.received_s, qemu_status=status))
+            if status in _ON_THE_WAY:
+                return
         elif event.name in {"STOP", "RESUME"}:
             self._run_events += 1
             self._publish(_run_change(last, event))
+            if event.name == "STOP":
+                return
         elif event.name not in {"MIGRATION_PASS", "SHUTDOWN", "GUEST_PANICKED", "SUSPEND"}:
             return
         self._kicked.set()
