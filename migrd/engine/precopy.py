@@ -26,6 +26,7 @@ from migrd.core.facts import QemuStatus, TransferSample
 from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Cause, MigrationEvent, Mode
 from migrd.core.phases import Trigger
+from migrd.engine.first_look import first_look
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView
 from migrd.engine.rounds import RoundCounter, record_decision, record_round
@@ -92,7 +93,7 @@ class Steering:
     async def begin(self) -> None:
         """Issue `migrate`, unless QEMU's migration is already under way (we were restarted)."""
         m = self._m
-        sample = await m.vmm.sample()
+        sample = await first_look(m.vmm)
         m.throttle_percent = sample.throttle_percent or 0
         untouched = sample.qemu_status is QemuStatus.NONE or sample.is_of_arrival
         if m.resumed and not untouched:

@@ -1,16 +1,28 @@
 """The steps before anything moves: preflight touches nothing, preparing touches both QEMUs."""
 
 import asyncio
+from typing import Final
 
 from migrd.core.facts import VmFacts, VmSpec
 from migrd.core.migration import MigrationEvent, Refusal, Request
 from migrd.core.phases import Trigger
 from migrd.core.preflight import DestinationFacts, Preflight, SourceFacts, check
 from migrd.engine.outgoing import Outgoing
-from migrd.engine.ports import HostProfile, Peer, Vmm
+from migrd.engine.ports import DestinationView, HostProfile, Peer, Vmm
 from migrd.engine.threads import in_thread
 from migrd.engine.world import World
-from migrd.errors import MigrdError, PeerError, PeerUnreachable, VmmDied, VmmError
+from migrd.errors import (
+    MigrdError,
+    PeerError,
+    PeerTimedOut,
+    PeerUnreachable,
+    VmmDied,
+    VmmError,
+)
+
+RESTART_S: Final = 10.0
+"""So long the other daemon may be away while it is asked to prepare; the guest runs meanwhile."""
+RETRY_S: Final = 0.25
 
 
 async def judge(
@@ -94,21 +106,39 @@ async def check_preflight(m: Outgoing) -> MigrationEvent:
     return m.event(Trigger.PREFLIGHT_PASSED, run_guest=facts is None or facts.is_running)
 
 
+async def _prepare_there(m: Outgoing) -> DestinationView:
+    """Asked again while the other daemon restarts: asking twice launches once."""
+    give_up_at_s = m.world.clock.monotonic_s() + RESTART_S
+    while True:
+        try:
+            view = await m.peer.prepare(m.id, m.state.epoch, m.stored.spec, m.settings())
+        except (PeerUnreachable, PeerTimedOut) as exc:
+            if m.world.clock.monotonic_s() > give_up_at_s:
+                raise
+            m.trouble("DestinationUnreachable", exc.message)
+            await asyncio.sleep(RETRY_S)
+        else:
+            m.settle("DestinationUnreachable")
+            return view
+
+
 async def prepare_destination(m: Outgoing) -> MigrationEvent:
     """Carry out PREPARE_DESTINATION: a waiting QEMU there, capabilities here, at the same time."""
     limit_s = m.world.options.prepare_deadline_s
+    there = asyncio.create_task(_prepare_there(m), name=f"prepare-{m.id[:8]}")
     try:
         async with asyncio.timeout(limit_s):
-            view, _ = await asyncio.gather(
-                m.peer.prepare(m.id, m.state.epoch, m.stored.spec, m.settings()),
-                m.vmm.prepare_outgoing(m.settings(), m.world.options.tls),
-            )
+            await m.vmm.prepare_outgoing(m.settings(), m.world.options.tls)
+            view = await there
     except TimeoutError:
         return m.failed("prepare_timed_out", f"{m.peer.name} was not ready within {limit_s:.0f} s")
     except (PeerError, VmmError) as exc:
         if isinstance(exc, VmmDied):
             raise
         return m.failed(exc.code, exc.message)
+    finally:
+        there.cancel()
+        await asyncio.wait([there])
     if view.address is None:
         why = view.reason or f"it is {view.phase.value}"
         return m.failed("destination_refused", f"{m.peer.name} did not get ready: {why}")

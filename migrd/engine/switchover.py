@@ -36,7 +36,9 @@ from migrd.errors import (
     PeerRefused,
     VmmDied,
     VmmError,
+    VmmRefused,
     VmmTimedOut,
+    VmmUnreachable,
 )
 
 NEAR_S: Final = 0.25
@@ -119,8 +121,7 @@ async def _source_done(m: Outgoing, *, fresh: bool = False) -> MigrationEvent | 
                 if sample.downtime_s is not None:
                     m.qemu_downtime_s = sample.downtime_s
                 if sample.qemu_status is QemuStatus.PRE_SWITCHOVER and not continued:
-                    continued = True
-                    await _continue(m)
+                    continued = await _continue(m)
                 done, event = _verdict(m, sample)
                 if done:
                     return event
@@ -139,18 +140,30 @@ def _watch(m: Outgoing, sample: TransferSample | None) -> None:
 
 
 async def _ask_source(m: Outgoing) -> TransferSample | None:
-    """A fresh look; None when the monitor does not answer (a stalled link blocks it)."""
+    """A fresh look; None when the monitor does not answer.
+
+    A stalled link blocks it, and after a restart it may not be connected yet.
+    """
     try:
         return await m.vmm.sample()
-    except VmmTimedOut:
+    except (VmmTimedOut, VmmUnreachable):
         return None
 
 
-async def _continue(m: Outgoing) -> None:
-    """migrate-continue; not to know whether it took effect is no reason to stop watching."""
+async def _continue(m: Outgoing) -> bool:
+    """migrate-continue; not to know whether it took effect is no reason to stop watching.
+
+    False: say it again should the status still call for it.
+    """
     begun = m.ahead.take_switchover()
-    with contextlib.suppress(VmmTimedOut):
+    try:
         await (begun or m.vmm.continue_switchover())
+    except VmmTimedOut:
+        return True
+    except (VmmUnreachable, VmmRefused) as exc:  # refused: it was said before
+        m.log.warning("migrate-continue has to be looked after", cause=exc.message)
+        return False
+    return True
 
 
 def _verdict(m: Outgoing, sample: TransferSample) -> tuple[bool, MigrationEvent | None]:
