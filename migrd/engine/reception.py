@@ -54,9 +54,10 @@ class Reception:
         version, digest = None, None
         features: frozenset[str] = frozenset()
         try:
-            digest = await in_thread(world.launcher.check, vm)
-            version, found = await world.launcher.probe(vm)
-            features = frozenset(feature.value for feature in found)
+            if vm.profile is not None:  # else the source says so: there is nothing to look at
+                digest = await in_thread(world.launcher.check, vm)
+                version, found = await world.launcher.probe(vm)
+                features = frozenset(feature.value for feature in found)
         except MigrdError as exc:
             refusals.append((exc.code, exc.message))
         options = world.options
