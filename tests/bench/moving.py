@@ -127,6 +127,17 @@ async def measure(
     into.segments.append(parts)
 
 
+async def in_turns(
+    stamps: Stamps, sides: Sequence[tuple[Driver, Path, Measured]], runs: int
+) -> None:
+    """Each moves its guest once in each turn; who goes first changes, for what one leaves to be
+    done falls on the next. A first turn is not counted."""
+    for turn in range(runs + 1):
+        first = turn % len(sides)
+        for driver, traces, into in (*sides[first:], *sides[:first]):
+            await measure(driver, stamps, traces, into, keep=turn > 0)
+
+
 def blackout_of_script(source: Trace, destination: Trace) -> dict[str, float]:
     """Where the blackout went; the parts sum to it."""
     over = max(source.status("completed"), destination.status("completed"))
@@ -236,9 +247,11 @@ async def run(runs: int, *, tls: bool = True, guest: Guest | None = None) -> Tab
         with stamping(directory / "beats") as stamps:
             async with drivers(directory, stamps, guest, tls=tls) as (rig, script):
                 ours, theirs = Measured(), Measured()
-                for turn in range(runs + 1):
-                    await measure(rig, stamps, rig.directory, ours, keep=turn > 0)
-                    await measure(script, stamps, script.directory, theirs, keep=turn > 0)
+                sides: list[tuple[Driver, Path, Measured]] = [
+                    (rig, rig.directory, ours),
+                    (script, script.directory, theirs),
+                ]
+                await in_turns(stamps, sides, runs)
     answers = rig.answers[1:]
     summed = phases_sum(answers, ours.total_s)
     return Table.of(

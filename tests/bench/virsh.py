@@ -8,7 +8,14 @@ from typing import Final
 from tests.bench.figures import Figure, Judge, Table, median
 from tests.bench.guest import Guest
 from tests.bench.libvirt import LibvirtMissing, VirshRig, virsh_rig
-from tests.bench.moving import Measured, drivers, measure, move_figures, phases_sum
+from tests.bench.moving import (
+    Driver,
+    Measured,
+    drivers,
+    in_turns,
+    move_figures,
+    phases_sum,
+)
 from tests.bench.rig import extra_arguments
 from tests.bench.stamper import stamping
 from tests.setup import debian
@@ -45,12 +52,13 @@ async def run(runs: int) -> Table:
             except (LibvirtMissing, debian.SetUpError, OSError) as failure:
                 table.notes.append(LOUD.format(why=failure))
             ours, theirs, libvirts = Measured(), Measured(), Measured()
-            for turn in range(runs + 1):
-                keep = turn > 0
-                await measure(rig, stamps, rig.directory, ours, keep=keep)
-                await measure(script, stamps, script.directory, theirs, keep=keep)
-                if libvirt is not None:
-                    await measure(libvirt, stamps, libvirt.directory, libvirts, keep=keep)
+            sides: list[tuple[Driver, Path, Measured]] = [
+                (rig, rig.directory, ours),
+                (script, script.directory, theirs),
+            ]
+            if libvirt is not None:
+                sides.append((libvirt, libvirt.directory, libvirts))
+            await in_turns(stamps, sides, runs)
     phases_sum(rig.answers[1:], ours.total_s)
     figures = move_figures(ours, theirs, tls=False)
     if libvirt is not None:
