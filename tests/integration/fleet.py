@@ -35,6 +35,7 @@ VM = "guest"
 MIB = 1 << 20
 TERMINAL = {"succeeded", "rolled_back", "cancelled", "refused", "guest_lost"}
 STREAM_HOST = "127.0.0.2"
+DISK_BYTES = 4 * MIB
 HELD = Path(__file__).with_name("held.py")
 
 SMALL = GuestImage(working_set_pages=8 * 256, pages_per_s=1000, pattern=Pattern.RANDOM, noise=True)
@@ -317,11 +318,13 @@ async def fleet(
     settings: Mapping[str, Mapping[str, str]] | None = None,
     links: Mapping[str, tuple[str, str]] | None = None,
     no_reboot: bool = False,
+    small_disk: str | None = None,
 ) -> AsyncIterator[Fleet]:
     """Two daemons, ready. `settings` are further lines of TOML, as `hosts.lay_out` takes them.
 
     `links`: host -> (network namespace, its address there); else both are on the loopback.
-    `no_reboot`: a guest that resets its machine ends its QEMU.
+    `no_reboot`: a guest that resets its machine ends its QEMU. `small_disk`: the host whose state
+    is on a disk of a few MiB of its own.
     """
     port = (await asyncio.to_thread(hosts.free_ports, 1))[0]
     pair = await asyncio.to_thread(
@@ -334,6 +337,8 @@ async def fleet(
         two.namespaces = {name: namespace for name, (namespace, _) in links.items()}
         await asyncio.to_thread(_move_to, pair, {name: links[name][1] for name in two.hosts})
     async with contextlib.AsyncExitStack() as stack:
+        if small_disk is not None:
+            await stack.enter_async_context(mounted(two.hosts[small_disk].directory / "state"))
         if proxied:
             two.stream = await stack.enter_async_context(
                 freezing_proxy((STREAM_HOST, port), ("127.0.0.1", port))
@@ -343,6 +348,24 @@ async def fleet(
         stack.push_async_callback(_end_listening, two, listening)
         await asyncio.gather(*(two.start_daemon(host.name) for host in pair))
         yield two
+
+
+@contextlib.asynccontextmanager
+async def mounted(directory: Path) -> AsyncIterator[None]:
+    """A disk of DISK_BYTES in place of a directory. Needs root."""
+    size = f"size={DISK_BYTES},mode=0700"
+    await _run("mount", "-t", "tmpfs", "-o", size, "tmpfs", str(directory))
+    try:
+        yield
+    finally:
+        await _run("umount", str(directory))
+
+
+async def _run(*command: str) -> None:
+    child = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(20):
+        _, complaint = await child.communicate()
+    assert child.returncode == 0, f"{' '.join(command)}: {complaint.decode()}"
 
 
 def _move_to(pair: tuple[Host, Host], addresses: Mapping[str, str]) -> None:

@@ -29,6 +29,7 @@ async def running(
     settings: Mapping[str, Mapping[str, str]] | None = None,
     links: Mapping[str, tuple[str, str]] | None = None,
     no_reboot: bool = False,
+    small_disk: str | None = None,
 ) -> AsyncIterator[Fleet]:
     """A fleet whose guest counts on alpha; the options are those of `fleet`."""
     async with fleet(
@@ -39,6 +40,7 @@ async def running(
         settings=settings,
         links=links,
         no_reboot=no_reboot,
+        small_disk=small_disk,
     ) as two:
         await two.start_guest("alpha")
         yield two
