@@ -233,8 +233,8 @@ class Machine:
             arguments: dict[str, object] = {"uri": uri}
             if Feature.INCOMING_EXIT_ON_ERROR in schema.features:
                 arguments["exit-on-error"] = False  # stay, and say why it failed
-            await self._ask("migrate-incoming", arguments)
-            port = await self._listening_port()
+            listening = self._ask("migrate-incoming", arguments), self._listening_port()
+            port = (await asyncio.gather(*listening))[1]
         return TransferAddress(listen_host, port)
 
     async def set_limits(

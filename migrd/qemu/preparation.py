@@ -11,8 +11,8 @@ Trap: without a `dh-params.pem` beside the certificates, QEMU's server side sear
 its own when the object is made: 0.4 to several seconds, its whole monitor blocked meanwhile.
 """
 
-import contextlib
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
@@ -40,6 +40,7 @@ QEMU_DEFAULTS: Final[Mapping[str, object]] = MappingProxyType(
     }
 )
 """Of the parameters migrd sets; a test compares them with a fresh QEMU."""
+OUR_OBJECTS: Final = (migration.TLS_ID, migration.AUTHZ_ID)
 
 
 OBJECT_DEADLINE_S: Final = 30.0
@@ -69,27 +70,41 @@ async def prepare(
         text = "the stream is to be encrypted, and this host has no TLS identity for QEMU"
         raise VmmRefused(text, code="tls_identity_missing")
     states = migration.capabilities(schema, settings)
-    await ask("migrate-set-capabilities", migration.capability_list(states))
-    await _remove_objects(ask)  # credentials may have been renewed since
+    commands: list[tuple[str, Arguments]] = [
+        ("migrate-set-capabilities", migration.capability_list(states)),
+        *(("object-del", {"id": id_}) for id_ in OUR_OBJECTS),  # credentials may be new ones
+    ]
     if settings.tls and tls is not None:
-        for arguments in migration.tls_objects(
-            schema, settings, tls.directory, is_outgoing=is_outgoing
-        ):
-            await ask("object-add", arguments, deadline_s=OBJECT_DEADLINE_S)
+        objects = migration.tls_objects(schema, settings, tls.directory, is_outgoing=is_outgoing)
+        commands += [("object-add", arguments) for arguments in objects]
     chosen = migration.parameters(schema, settings, is_outgoing=is_outgoing)
-    await ask("migrate-set-parameters", chosen)
+    commands.append(("migrate-set-parameters", chosen))
+    await _ask_in_order(ask, commands, deadline_s=OBJECT_DEADLINE_S if settings.tls else None)
 
 
 async def take_back(ask: Ask, schema: QmpSchema) -> None:
     """QEMU's defaults again, and none of our objects. May be repeated."""
     states = dict.fromkeys(migration.OUR_CAPABILITIES & schema.capabilities, False)
-    await ask("migrate-set-capabilities", migration.capability_list(states))
     values = {name: value for name, value in QEMU_DEFAULTS.items() if name in schema.parameters}
-    await ask("migrate-set-parameters", values)
-    await _remove_objects(ask)
+    commands: list[tuple[str, Arguments]] = [
+        ("migrate-set-capabilities", migration.capability_list(states)),
+        ("migrate-set-parameters", values),
+        *(("object-del", {"id": id_}) for id_ in OUR_OBJECTS),
+    ]
+    await _ask_in_order(ask, commands)
 
 
-async def _remove_objects(ask: Ask) -> None:
-    for object_id in (migration.TLS_ID, migration.AUTHZ_ID):
-        with contextlib.suppress(CommandRefused):  # there is none
-            await ask("object-del", {"id": object_id})
+async def _ask_in_order(
+    ask: Ask, commands: Sequence[tuple[str, Arguments]], *, deadline_s: float | None = None
+) -> None:
+    """All are sent at once: QEMU carries them out one after the other, so the slowest makes those
+    behind it wait. Raises what the first that went wrong raised; those after it were carried out
+    too, or not."""
+    answers = await asyncio.gather(
+        *(ask(command, arguments, deadline_s=deadline_s) for command, arguments in commands),
+        return_exceptions=True,
+    )
+    for (command, _), answer in zip(commands, answers, strict=True):
+        is_absent = command == "object-del" and isinstance(answer, CommandRefused)
+        if isinstance(answer, BaseException) and not is_absent:
+            raise answer

@@ -34,7 +34,7 @@ EXIT_FOLLOWS_S: Final = 0.25
 _REST_LOOKS: Final = 100
 _REST_PAUSE_S: Final = 0.01
 _FIRST_POLL_S: Final = 0.0005
-_LAST_POLL_S: Final = 0.005
+_LAST_POLL_S: Final = 0.002
 
 log = logging.getLogger(__name__)
 
