@@ -106,10 +106,10 @@ async def _verify(known: Known, at: Instance, incoming: bool, deadline_s: float)
 
 async def _listener(at: Instance, deadline_s: float) -> int:
     """Pid of who listens on the second of the sockets: then the first is listened on too."""
-    pause_s = _FIRST_POLL_S
+    path, pause_s = at.oob_path, _FIRST_POLL_S
     while True:
         try:
-            return listener_pid(at.oob_path) or 0
+            return listener_pid(path) or 0
         except VmmUnreachable as failure:
             if not _left_s(deadline_s):
                 raise VmmTimedOut("it made no monitor in time") from failure
