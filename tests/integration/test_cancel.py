@@ -25,11 +25,11 @@ async def cancel(two: Fleet, migration: str) -> int:
     return reply.status
 
 
-@pytest.mark.parametrize("multifd", [0, 2])
+@pytest.mark.parametrize(("version", "multifd"), [("7.2", 0), ("10", 2)])
 async def test_a_cancel_in_precopy_leaves_the_guest_where_it_is(
-    short_tmp_path: Path, binary: Path, multifd: int
+    short_tmp_path: Path, qemu_binaries: dict[str, Path], version: str, multifd: int
 ) -> None:
-    async with running(short_tmp_path, binary) as two:
+    async with running(short_tmp_path, qemu_binaries[version]) as two:
         migration = await in_precopy(two, multifd_channels=multifd)
         assert await cancel(two, migration) == 202
         await stays_and_moves_again(two, migration, "cancelled", "cancelled")

@@ -19,6 +19,9 @@ from tests.integration.scenarios import (
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(120)]
 
+either = pytest.mark.parametrize(("version", "multifd"), [("7.2", 2), ("10", 0)])
+with_multifd = pytest.mark.parametrize(("version", "multifd"), [("7.2", 2), ("10", 2)])
+"""Where one or the other tells enough."""
 AGAIN_S = 5.0
 """After a decision to roll back the guest is to run within a second; the machine is shared."""
 
@@ -30,11 +33,11 @@ def mend(two: Fleet) -> None:
     two.stream.resume()
 
 
-@pytest.mark.parametrize("multifd", [0, 2])
+@either
 async def test_a_link_cut_in_precopy_leaves_the_guest_where_it_is(
-    short_tmp_path: Path, binary: Path, multifd: int
+    short_tmp_path: Path, qemu_binaries: dict[str, Path], version: str, multifd: int
 ) -> None:
-    async with running(short_tmp_path, binary, proxied=True) as two:
+    async with running(short_tmp_path, qemu_binaries[version], proxied=True) as two:
         migration = await in_precopy(two, multifd_channels=multifd)
         assert two.stream is not None
         two.stream.cut(abruptly=True)
@@ -43,12 +46,12 @@ async def test_a_link_cut_in_precopy_leaves_the_guest_where_it_is(
         await moves_again(two)
 
 
-@pytest.mark.parametrize("multifd", [0, 2])
+@either
 async def test_a_link_that_stalls_in_precopy_is_given_up(
-    short_tmp_path: Path, binary: Path, multifd: int
+    short_tmp_path: Path, qemu_binaries: dict[str, Path], version: str, multifd: int
 ) -> None:
     quick = {"alpha": {"migration": "stall_s = 2.0\n"}}
-    async with running(short_tmp_path, binary, proxied=True, settings=quick) as two:
+    async with running(short_tmp_path, qemu_binaries[version], proxied=True, settings=quick) as two:
         migration = await in_precopy(two, multifd_channels=multifd)
         assert two.stream is not None
         two.stream.freeze()
@@ -57,12 +60,12 @@ async def test_a_link_that_stalls_in_precopy_is_given_up(
         await moves_again(two)
 
 
-@pytest.mark.parametrize("multifd", [0, 2])
+@with_multifd
 async def test_a_cancel_behind_a_stalled_link_ends(
-    short_tmp_path: Path, binary: Path, multifd: int
+    short_tmp_path: Path, qemu_binaries: dict[str, Path], version: str, multifd: int
 ) -> None:
     """With multifd QEMU stays `cancelling` for ever: its connection is yanked."""
-    async with running(short_tmp_path, binary, proxied=True) as two:
+    async with running(short_tmp_path, qemu_binaries[version], proxied=True) as two:
         migration = await in_precopy(two, multifd_channels=multifd)
         assert two.stream is not None
         two.stream.freeze()

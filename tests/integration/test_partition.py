@@ -67,12 +67,12 @@ async def test_a_cable_pulled_for_a_moment_in_precopy_is_waited_for(
         await moved(two, migration)
 
 
-@pytest.mark.parametrize("multifd", [0, 2])
+@pytest.mark.parametrize(("version", "multifd"), [("7.2", 0), ("10", 2)])
 async def test_a_cable_pulled_for_long_in_precopy_rolls_back(
-    short_tmp_path: Path, binary: Path, multifd: int
+    short_tmp_path: Path, qemu_binaries: dict[str, Path], version: str, multifd: int
 ) -> None:
     stall = {"migration": "stall_s = 2.0\n"}
-    async with apart(short_tmp_path, binary, settings=stall) as (two, cable):
+    async with apart(short_tmp_path, qemu_binaries[version], settings=stall) as (two, cable):
         migration = await in_precopy(two, multifd_channels=multifd)
         await cable.partition()
         seen = await two.ended("alpha", migration)
@@ -86,10 +86,10 @@ async def test_a_cable_pulled_for_long_in_precopy_rolls_back(
 
 
 async def test_a_cable_pulled_with_the_guest_stopped_brings_it_back(
-    short_tmp_path: Path, binary: Path
+    short_tmp_path: Path, newer: Path
 ) -> None:
     deadline = {"migration": "switchover_deadline_s = 4.0\n"}
-    async with apart(short_tmp_path, binary, settings=deadline) as (two, cable):
+    async with apart(short_tmp_path, newer, settings=deadline) as (two, cable):
         migration = await in_slow_switchover(two, cable)
         await cable.partition()
         await two.ended("alpha", migration)
