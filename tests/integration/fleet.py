@@ -296,9 +296,10 @@ def _lay_out(
     )
 
 
-def _prepare(pair: tuple[Host, Host], no_reboot: bool) -> None:
+def _prepare(two: Fleet, no_reboot: bool) -> None:
     """Blocking."""
-    for host in pair:
+    two.image.write_rom(two.directory / "firmware" / "guest.rom")
+    for host in two.hosts.values():
         (host.directory / "holds").mkdir()
         if no_reboot:
             profile = host.directory / "profiles" / "demo.toml"
@@ -330,9 +331,8 @@ async def fleet(
     pair = await asyncio.to_thread(
         _lay_out, directory, binaries, tls, port if proxied else None, settings or {}
     )
-    await asyncio.to_thread(image.write_rom, directory / "firmware" / "guest.rom")
     two = Fleet(directory, {host.name: host for host in pair}, image, memory_mib)
-    await asyncio.to_thread(_prepare, pair, no_reboot)
+    await asyncio.to_thread(_prepare, two, no_reboot)
     if links is not None:
         two.namespaces = {name: namespace for name, (namespace, _) in links.items()}
         await asyncio.to_thread(_move_to, pair, {name: links[name][1] for name in two.hosts})
