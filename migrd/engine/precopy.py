@@ -93,20 +93,26 @@ class Steering:
     async def begin(self) -> None:
         """Issue `migrate`, unless QEMU's migration is already under way (we were restarted)."""
         m = self._m
-        sample = await first_look(m.vmm)
-        m.throttle_percent = sample.throttle_percent or 0
-        untouched = sample.qemu_status is QemuStatus.NONE or sample.is_of_arrival
-        if m.resumed and not untouched:
-            m.log.info("found the migration going on", qemu_status=sample.qemu_status.value)
-            await self._set_limits()  # an earlier daemon may have held it
-            if m.state.mode is Mode.POSTCOPY and sample.qemu_status is QemuStatus.ACTIVE:
-                await m.vmm.start_postcopy()  # chosen, and perhaps never said
+        if m.resumed and await self._found_going_on():
             return
         if m.state.address is None:
             raise MigrdError("the destination's address is not known", code="no_address")
         m.resumed = True  # from here on a second run of this step must not issue it again
         await m.vmm.start_outgoing(m.state.address)
         self._began_at_s = m.world.clock.monotonic_s()
+
+    async def _found_going_on(self) -> bool:
+        """Whether QEMU migrates already, and if so: steered from here on."""
+        m = self._m
+        sample = await first_look(m.vmm)
+        m.throttle_percent = sample.throttle_percent or 0
+        if sample.qemu_status is QemuStatus.NONE or sample.is_of_arrival:
+            return False
+        m.log.info("found the migration going on", qemu_status=sample.qemu_status.value)
+        await self._set_limits()  # an earlier daemon may have held it
+        if m.state.mode is Mode.POSTCOPY and sample.qemu_status is QemuStatus.ACTIVE:
+            await m.vmm.start_postcopy()  # chosen, and perhaps never said
+        return True
 
     # Looking --------------------------------------------------------------------------------
 
@@ -331,11 +337,11 @@ class Steering:
         m = self._m
         if not self._taken_over:
             text = f"{exc.message} while the guest was being copied"
-            return m.event(Trigger.GUEST_DIED, cause=_cause(exc, text))
+            return m.event(Trigger.GUEST_DIED, cause=Cause(exc.code, text))
         view = await _last_word(m)
         if view is not None and view.phase is DestinationPhase.REFUSED:
             from_ = f"{exc.message} while the guest was being copied; the copy was not complete"
-            return m.event(Trigger.GUEST_DIED, cause=_cause(exc, from_))
+            return m.event(Trigger.GUEST_DIED, cause=Cause(exc.code, from_))
         now_s = m.world.clock.monotonic_s()
         return m.event(Trigger.SWITCHOVER_REACHED, stopped_at_s=now_s)
 
@@ -389,7 +395,3 @@ def _keep_numbers(before: TransferSample | None, sample: TransferSample) -> Tran
     return replace(
         before, at_s=sample.at_s, qemu_status=sample.qemu_status, run_state=sample.run_state
     )
-
-
-def _cause(exc: VmmDied, message: str) -> Cause:
-    return Cause(exc.code, message)
