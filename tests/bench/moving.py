@@ -53,6 +53,9 @@ class Measured:
     answered_s: list[float] = field(default_factory=list)
     """From QEMU's `completed` on the source to the driver's answer."""
     segments: list[dict[str, float]] = field(default_factory=list)
+    """The blackout, by what was done in it."""
+    stages: list[dict[str, float]] = field(default_factory=list)
+    """The whole move, by what QEMU was doing."""
 
 
 @contextlib.asynccontextmanager
@@ -125,6 +128,7 @@ async def measure(
     into.blackout_s.append(blackout_s(beats, move.source_pid, move.destination_pid))
     into.answered_s.append(ended_wall_s - source.status("completed"))
     into.segments.append(parts)
+    into.stages.append(stages(source, destination, since_wall_s, ended_wall_s))
 
 
 async def in_turns(
@@ -136,6 +140,20 @@ async def in_turns(
         first = turn % len(sides)
         for driver, traces, into in (*sides[first:], *sides[:first]):
             await measure(driver, stamps, traces, into, keep=turn > 0)
+
+
+def stages(
+    source: Trace, destination: Trace, began_wall_s: float, ended_wall_s: float
+) -> dict[str, float]:
+    """Where the total went, for any driver; the parts sum to it."""
+    return _between(
+        began_wall_s,
+        ("both sides get ready, until `migrate` is said", source.first("qmp_enter_migrate")),
+        ("QEMU connects and finds its dirty pages", source.status("active")),
+        ("QEMU copies while the guest runs", source.stopped()),
+        ("the guest stands still", destination.resumed()),
+        ("until the driver says that it is over", ended_wall_s),
+    )
 
 
 def blackout_of_script(source: Trace, destination: Trace) -> dict[str, float]:
@@ -223,8 +241,20 @@ def where_it_goes(name: str, measured: Measured) -> str:
     return "\n".join(lines)
 
 
+def by_stage(**measured: Measured) -> str:
+    """Each driver's moves by stage, side by side."""
+    lines = [f"where the total goes (median, ms): {', '.join(measured)}"]
+    for stage in next(iter(measured.values())).stages[0]:
+        cells = [
+            f"{median([one[stage] for one in each.stages]) * 1000:8.1f}"
+            for each in measured.values()
+        ]
+        lines.append("".join(cells) + f"  {stage}")
+    return "\n".join(lines)
+
+
 def where_the_total_goes(answers: Sequence[dict[str, object]], measured: Measured) -> str:
-    lines = ["where the total time of migrd goes (mean, ms):"]
+    lines = ["the phases of migrd (mean, ms):"]
     phases: dict[str, list[float]] = {}
     for answer in answers:
         timeline = answer["timeline"]
@@ -259,6 +289,7 @@ async def run(runs: int, *, tls: bool = True, guest: Guest | None = None) -> Tab
         runs,
         move_figures(ours, theirs, tls=tls),
         [
+            by_stage(migrd=ours, script=theirs),
             where_the_total_goes(answers, ours) + "\n  " + summed,
             where_it_goes("migrd", ours),
             where_it_goes("the script", theirs),

@@ -11,10 +11,13 @@ from tests.bench.libvirt import LibvirtMissing, VirshRig, virsh_rig
 from tests.bench.moving import (
     Driver,
     Measured,
+    by_stage,
     drivers,
     in_turns,
     move_figures,
     phases_sum,
+    where_it_goes,
+    where_the_total_goes,
 )
 from tests.bench.rig import extra_arguments
 from tests.bench.stamper import stamping
@@ -63,8 +66,14 @@ async def run(runs: int) -> Table:
     figures = move_figures(ours, theirs, tls=False)
     if libvirt is not None:
         figures.append(virsh_figure(ours, libvirts))
+        table.notes.append(by_stage(migrd=ours, script=theirs, virsh=libvirts))
         table.notes.append(virsh_blackout(libvirts))
-    table.add(Table.of("virsh", runs, figures, []))
+    notes = [
+        where_the_total_goes(rig.answers[1:], ours),
+        where_it_goes("migrd", ours),
+        where_it_goes("the script", theirs),
+    ]
+    table.add(Table.of("virsh", runs, figures, notes))
     return table
 
 
