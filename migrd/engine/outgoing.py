@@ -10,6 +10,7 @@
 - Steps may be begun again at any time (after a restart, after an error): each looks before it acts.
 - What is not durable has not happened, with these exceptions, each safe to lose:
     SWITCHOVER_REACHED is an observation, saved while QEMU already goes on;
+    STARTED gives a slot, saved while preflight looks around: a replay gives one again;
     STEP_FAILED, CANCEL_REQUESTED, DESTINATION_REFUSED lead back to the source. A replay that misses
     them finds QEMU stopped or failed, or asks the destination, whose refusal is durable, and comes
     to the same end. They are saved together with the next event.
@@ -46,6 +47,7 @@ log = structlog.get_logger(__name__)
 ACT_FIRST: Final = frozenset(
     {Trigger.STEP_FAILED, Trigger.CANCEL_REQUESTED, Trigger.DESTINATION_REFUSED}
 )
+SAVED_MEANWHILE: Final = frozenset({Trigger.SWITCHOVER_REACHED, Trigger.STARTED})
 RETRY_S: Final = 0.5
 
 Step = Callable[["Outgoing"], Awaitable[MigrationEvent]]
@@ -225,7 +227,7 @@ class Outgoing(OutgoingRecord):
         """Advance, save, publish. Raises JournalError or IllegalTransition: nothing changed."""
         async with self._lock:
             new, _ = advance(self.state, event)
-            if event.trigger is Trigger.SWITCHOVER_REACHED:
+            if event.trigger in SAVED_MEANWHILE:
                 await self._saved()
                 self._saving = asyncio.create_task(self._save(event, act_first=True))
             else:

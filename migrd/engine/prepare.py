@@ -29,8 +29,8 @@ async def judge(
     world: World, request: Request, spec: VmSpec, epoch: int, vmm: Vmm, peer: Peer
 ) -> tuple[Preflight, VmFacts | None, HostProfile | None]:
     """Ask both sides and compare. Raises VmmDied; everything else becomes a refusal."""
-    facts, profile = await asyncio.gather(
-        _source(vmm), _destination(peer, spec), return_exceptions=True
+    facts, profile, digest = await asyncio.gather(
+        _source(vmm), _destination(peer, spec), _digest(world, spec), return_exceptions=True
     )
     refusals: list[Refusal] = []
     if isinstance(facts, VmmDied):
@@ -48,11 +48,17 @@ async def judge(
         left = None if isinstance(facts, BaseException) else facts
         right = None if isinstance(profile, BaseException) else profile
         return Preflight(tuple(refusals), ()), left, right
-    digest = None if spec.profile is None else await in_thread(world.launcher.check, spec)
+    if isinstance(digest, BaseException):
+        raise digest
     source = SourceFacts(
         world.options.host, facts, spec, digest, epoch, world.options.tls is not None
     )
     return check(request, source, _as_facts(profile)), facts, profile
+
+
+async def _digest(world: World, spec: VmSpec) -> str | None:
+    """Of what the guest sees here; None for a VM that others launched."""
+    return None if spec.profile is None else await in_thread(world.launcher.check, spec)
 
 
 async def _source(vmm: Vmm) -> VmFacts:

@@ -2,7 +2,7 @@
 
     MIGRATION, STOP, RESUME ──► sample from the last numbers, at once ──┐
                      └──► wakes the poll                                ├──► bounded queue ──► newer
-    query-migrate + query-status every 20 … 500 ms ──► full sample ─────┘
+    query-migrate + query-status every 50 … 500 ms ──► full sample ─────┘
 
 - A reply can be older than an event that overtook it: QEMU formed it, then its migration thread
   changed the status and told. A reply to a question asked before the last event therefore gives
@@ -30,7 +30,7 @@ from migrd.errors import VmmDied, VmmError, VmmUnreachable
 from migrd.qemu.wire import QmpEvent
 
 PACE_S = 0.1
-NEAR_END_PACE_S = 0.02
+NEAR_END_PACE_S = 0.05
 IDLE_PACE_S = 0.5
 BLOCKED_PACE_S = 0.5
 LOST_PACE_S = 0.05

@@ -62,12 +62,18 @@ async def test_the_source_dies_before_the_first_byte_and_it_is_plain_that_the_gu
 ):
     """Without our migrate-continue its QEMU cannot have completed: nobody need be asked."""
     async with running_pair() as pair:
+
+        def dies_of_migrate(call: str, number: int) -> None:
+            del number
+            if call == "vmm.start_outgoing":
+                pair.hosts["alpha"].qemu(VM).die("killed")
+
+        pair.alpha.gate.plan = dies_of_migrate
         migration_id = await pair.ask()
-        await pair.until_phase(migration_id, Phase.PRECOPY)
-        assert not pair.ground.wire.transfers
-        pair.hosts["alpha"].qemu(VM).die("killed")
         view = await pair.until_over(migration_id, within_s=2.0)
         assert view.phase == Phase.GUEST_LOST
+        assert view.timeline[-2].phase == Phase.PRECOPY
+        assert not pair.ground.wire.transfers
         await pair.settle()
 
 
