@@ -18,6 +18,13 @@
     │   ├── PeerRefused      it answered with a problem
     │   ├── PeerTimedOut     no answer: NOT known whether the message took effect
     │   └── PeerUnreachable  no connection was made: the message was not delivered
+    ├── KernelError          a system call on /dev/iommu, a VFIO device or sysfs failed; has `errno`
+    │   ├── KernelTooOld     it does not know the call (or has no /dev/iommu at all): upgrade
+    │   ├── KernelUnsupported  it knows the call, this hardware or driver cannot: do without
+    │   ├── KernelDenied     not permitted: grant it, or make the host safe for it
+    │   ├── KernelGone       the object named is not there (any more): look again
+    │   ├── KernelBusy       in use by somebody: free it first
+    │   └── KernelRejected   the arguments do not fit what is there: a fact assumed is not true
     └── JournalError         the journal cannot be written or read: no step may be taken on it
 
 What the caller can do is in the class; what happened is in `code` (stable, snake_case) and the
@@ -146,6 +153,53 @@ class PeerUnreachable(PeerError):
 
     code = "peer_unreachable"
     retryable = True
+
+
+class KernelError(MigrdError):
+    """A call to the kernel failed; `errno` is its number (0: none was given)."""
+
+    code = "kernel_error"
+
+    def __init__(self, message: str, *, errno: int = 0, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.errno = errno
+
+
+class KernelTooOld(KernelError):
+    """The kernel does not know this call, or was built without it."""
+
+    code = "kernel_too_old"
+
+
+class KernelUnsupported(KernelError):
+    """The kernel knows the call; this IOMMU, device or driver cannot do it."""
+
+    code = "kernel_unsupported"
+
+
+class KernelDenied(KernelError):
+    """Not permitted: a missing permission, or a host that is not safe for passthrough."""
+
+    code = "kernel_denied"
+
+
+class KernelGone(KernelError):
+    """The object named is not there, or is of another kind."""
+
+    code = "kernel_gone"
+
+
+class KernelBusy(KernelError):
+    """In use: by another owner, or by objects that depend on it."""
+
+    code = "kernel_busy"
+    retryable = True
+
+
+class KernelRejected(KernelError):
+    """The kernel refuses the arguments: something assumed about the object is not true."""
+
+    code = "kernel_rejected"
 
 
 class JournalError(MigrdError):
