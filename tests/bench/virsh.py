@@ -40,18 +40,12 @@ async def run(runs: int) -> Table:
             rig, script = await stack.enter_async_context(
                 drivers(directory, stamps, guest, tls=False)
             )
-            rom = directory / "guest.rom"
             libvirt: VirshRig | None = None
+            rom, extra = directory / "guest.rom", extra_arguments(stamps)
             try:
-                libvirt = await stack.enter_async_context(
-                    virsh_rig(
-                        directory / "v",
-                        debian.qemu_binaries()["10"],
-                        guest,
-                        rom,
-                        extra_arguments(stamps),
-                    )
-                )
+                qemu = debian.qemu_binaries()["10"]
+                peer = virsh_rig(directory / "v", qemu, guest, rom, extra)
+                libvirt = await stack.enter_async_context(peer)
             except (LibvirtMissing, debian.SetUpError, OSError) as failure:
                 table.notes.append(LOUD.format(why=failure))
             ours, theirs, libvirts = Measured(), Measured(), Measured()
