@@ -1,0 +1,65 @@
+"""How a VM's passthrough devices are given to QEMU, as values: what the plan says, QEMU is told.
+
+    Plan (core.tracking) ──► VfioLaunch ──► arguments(fds) ──► -object iommufd,… -device vfio-pci,…
+
+The order of `devices` is the attach order, and each iommufd object is a container of its own in
+QEMU; both decide which page tables QEMU makes (decision.md, H1 to H3), so neither is ever changed
+on the way.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class QemuVfioFeature(StrEnum):
+    """What a QEMU offers for passthrough; found by asking the binary, never by its version."""
+
+    IOMMUFD = "iommufd"
+    """It has `-object iommufd`, and vfio-pci its property `iommufd`."""
+    IOMMUFD_FD = "iommufd_fd"
+    """`-object iommufd,fd=`: it uses a descriptor it is given."""
+    DEVICE_FD = "device_fd"
+    """`-device vfio-pci,fd=`."""
+    ENABLE_MIGRATION = "enable_migration"
+    MIGRATION_EVENTS = "migration_events"
+    DEVICE_DIRTY_TRACKING = "device_dirty_tracking"
+    """`x-device-dirty-page-tracking`: the device's own log can be left alone."""
+    MULTIFD_DEVICE_STATE = "multifd_device_state"
+
+
+class GivenBy(StrEnum):
+    """How QEMU gets at the device."""
+
+    FD = "fd"
+    """An open character device: QEMU needs no permission of its own."""
+    SYSFSDEV = "sysfsdev"
+    """By its path in sysfs: for emulated mdevs, which QEMU takes for PCI devices when they come as
+    `fd=`, and for a QEMU that cannot take one."""
+
+
+@dataclass(frozen=True)
+class VfioLaunchDevice:
+    """One `-device vfio-pci`."""
+
+    id: str
+    """QEMU's id, the same on both hosts of a migration (its data is sent under that name)."""
+    address: str
+    """PCI address or mdev UUID on this host."""
+    iommufd: str | None
+    """Id of its iommufd object; None: the legacy VFIO group interface."""
+    given_by: GivenBy
+    sysfs_path: str | None = None
+    """For `sysfsdev`."""
+    properties: Mapping[str, str] = field(default_factory=dict)
+    """Further properties, only such as this QEMU has (`enable-migration`, `migration-events`)."""
+
+
+@dataclass(frozen=True)
+class VfioLaunch:
+    """All passthrough devices of one VM."""
+
+    iommufds: tuple[str, ...] = ()
+    """Ids of the iommufd objects."""
+    devices: tuple[VfioLaunchDevice, ...] = ()
+    """In attach order."""
