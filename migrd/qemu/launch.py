@@ -13,6 +13,7 @@ Who is dead is decided by proof alone (instances, process). What is not proven d
 
 import asyncio
 import contextlib
+import glob
 import logging
 import os
 import time
@@ -220,9 +221,10 @@ class QemuLauncher:
 
     def _directories(self) -> list[Instance]:
         """Instance directories that are not known yet. Blocking."""
-        above = self._runtime_dir / "vms"
         instances = []
-        for directory in sorted(above.glob("*/*")):
+        # Not Path.glob: a directory that is removed while it looks is an error to it.
+        for found in sorted(glob.glob(f"{glob.escape(str(self._runtime_dir))}/vms/*/*")):
+            directory = Path(found)
             vm, name = directory.parent.name, directory.name
             if (vm, name) in self._known or (vm, name) in self._launching:
                 continue

@@ -12,6 +12,7 @@ fleet was made with `proxied=True`. Leaving the context ends daemons and QEMUs, 
 
 import asyncio
 import contextlib
+import glob
 import os
 import signal
 import sys
@@ -154,7 +155,8 @@ class Fleet:
                 if tap.owner.startswith(f"{host}/") and new >= beats:
                     return
             await asyncio.sleep(0.02)
-        raise AssertionError(f"the guest does not count on {host}")
+        heard = {tap.owner: (len(tap.chunks), tap.text()[-80:]) for tap in self.taps}
+        raise AssertionError(f"the guest does not count on {host}; heard: {heard}")
 
     def beats(self, host: str) -> int:
         """Heartbeats printed on a host so far."""
@@ -179,7 +181,7 @@ class Fleet:
                     if log not in self._listening:
                         tap = SerialTap(f"{host.name}/{log.parent.name}")
                         self.taps.append(tap)
-                        self._listening[log] = asyncio.create_task(tap.follow(log))
+                        self._listening[log] = asyncio.create_task(_follow(tap, log))
             await asyncio.sleep(0.005)
 
     async def stop_listening(self) -> None:
@@ -268,8 +270,14 @@ class Fleet:
         return await asyncio.to_thread(self.hosts[host].log.read_text, errors="replace")
 
 
+async def _follow(tap: SerialTap, log: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # gone as soon as seen: it has said nothing
+        await tap.follow(log)
+
+
 def _serial_logs(below: Path) -> list[Path]:
-    return sorted(below.glob("*/*/serial.log"))
+    # Not Path.glob: a directory that goes away while it looks is an error to it.
+    return sorted(Path(found) for found in glob.glob(f"{below}/*/*/serial.log"))
 
 
 def _lay_out(
@@ -378,9 +386,12 @@ def _move_to(pair: tuple[Host, Host], addresses: Mapping[str, str]) -> None:
 
 
 async def _end_listening(two: Fleet, listening: asyncio.Task[None]) -> None:
+    deaf = listening.done()
     listening.cancel()
     await asyncio.wait([listening])
     await two.stop_listening()
+    if deaf:
+        await listening  # what ended it is why the test heard nothing
 
 
 async def _end(two: Fleet) -> None:
