@@ -155,6 +155,12 @@ def next_step(m: Outgoing) -> str | None:
                 f"Mend the network between {here} and {there}: {vm} waits for memory that is "
                 f"still on {here}. Kill neither QEMU."
             )
+        case Phase.COMPLETING if "PostcopyFailed" in m.troubles:
+            return (
+                f"Memory of {vm} was lost on the way, and it stands still on {there} as soon as "
+                f"it needs it. When it is of no more use, end its QEMU there (migrd vms on "
+                f"{there} has the pid): this then ends as guest_lost, and {vm} can be started anew."
+            )
         case _:
             return None
 

@@ -90,6 +90,24 @@ async def test_a_connection_that_breaks_again_and_again_is_recovered_each_time()
         assert (await pair.until_over(migration_id)).phase == Phase.SUCCEEDED
 
 
+async def test_memory_lost_at_the_very_end_is_an_alarm_that_a_person_can_end() -> None:
+    async with running_pair() as pair:
+        migration_id = await moving(pair)
+        transfer = pair.hosts["alpha"].qemu(VM).transfer
+        assert transfer is not None
+        transfer.lose_what_was_sent()
+        await until(
+            lambda: "PostcopyFailed" in {c.type for c in pair.view(migration_id).conditions}
+        )
+        assert pair.view(migration_id).phase == Phase.COMPLETING
+        assert "end its QEMU there" in (pair.view(migration_id).next_step or "")
+        assert len(pair.all_living()) == 2, "nobody was killed"
+        pair.hosts["beta"].qemu(VM).die("ended by the operator")
+        view = await pair.until_over(migration_id)
+        assert view.phase == Phase.GUEST_LOST
+        assert not pair.all_living()
+
+
 async def test_a_destination_that_dies_in_postcopy_takes_the_guest_with_it_and_that_is_said() -> (
     None
 ):

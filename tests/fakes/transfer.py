@@ -114,6 +114,16 @@ class Transfer:
         else:
             self.break_("Unable to write to socket: Broken pipe")
 
+    def lose_what_was_sent(self) -> None:
+        """Break a postcopy whose last pages are sent and did not arrive: nothing resumes that."""
+        assert self.is_postcopy
+        self.is_over = True
+        if self.task is not None:
+            self.task.cancel()
+        if self.destination is not None:
+            self.destination.set_status(QemuStatus.POSTCOPY_PAUSED)
+        self.source.set_status(QemuStatus.FAILED)
+
     def _source_died(self) -> None:
         """The other end sees the connection close, if the network says so."""
         was_over, self.is_over = self.is_over, True

@@ -10,7 +10,6 @@ import pytest
 from migrd.cli.seen import Json
 from tests.integration.fleet import LIVELY, Fleet
 from tests.integration.scenarios import (
-    PIECE_S,
     full_speed,
     has_condition,
     moved,
@@ -26,12 +25,23 @@ POSTCOPY: dict[str, Json] = {
     "when_not_converging": "postcopy",
 }
 
+CRAWL_S = 0.1
+"""What each 64 KiB takes: some 600 KiB/s."""
+
 
 async def leaving(two: Fleet) -> str:
-    """A guest that goes by postcopy, over a slow road."""
+    """A guest that goes by postcopy, over a road so slow that megabytes are left for seconds.
+
+    (With little left the source may have sent all of it before a test breaks the road; what is
+    lost then nothing resumes.)
+    """
     assert two.stream is not None
-    two.stream.to_target.delay_s = 2 * PIECE_S
-    return await two.migrate("alpha", "beta", policy=POSTCOPY)
+    two.hold("alpha", "after", "postcopy_chosen")
+    migration = await two.migrate("alpha", "beta", policy=POSTCOPY)
+    await two.held("alpha", "after", "postcopy_chosen")
+    two.stream.to_target.delay_s = CRAWL_S
+    two.let_go("alpha", "after", "postcopy_chosen")
+    return migration
 
 
 async def test_postcopy_moves_a_guest_that_would_not_converge(
@@ -52,6 +62,7 @@ async def test_a_broken_postcopy_is_recovered_and_no_page_is_lost(
         await two.phase("alpha", migration, "completing")
         assert two.stream is not None
         two.stream.cut(abruptly=True)
+        full_speed(two)
         await moved(two, migration)
 
 
@@ -68,6 +79,7 @@ async def test_a_stalled_postcopy_is_recovered_when_the_link_is_mended(
         assert len(await two.qemus()) == 2
         two.stream.cut(abruptly=True)
         two.stream.resume()
+        full_speed(two)
         await moved(two, migration)
 
 
@@ -108,6 +120,7 @@ async def test_daemons_killed_in_postcopy_go_on_with_it(
             await two.kill_daemon(name)
         for name in names:
             await two.start_daemon(name)
+        full_speed(two)
         await moved(two, migration)
 
 

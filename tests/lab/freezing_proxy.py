@@ -26,6 +26,9 @@ from pathlib import Path
 
 Address = Path | tuple[str, int]
 _PIECE_BYTES = 64 * 1024
+_BUFFER_BYTES = 128 * 1024
+"""What the proxy's own ends hold back. The kernel would let megabytes gather in them, and then a
+sender is done long before what it sent has passed."""
 
 
 @dataclass
@@ -154,7 +157,27 @@ class FreezingProxy:
 async def _dial(target: Address) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     if isinstance(target, Path):
         return await asyncio.open_unix_connection(str(target))
-    return await asyncio.open_connection(*target)
+    sock = socket.socket()
+    sock.setblocking(False)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+        await asyncio.get_running_loop().sock_connect(sock, target)
+        return await asyncio.open_connection(sock=sock, limit=_PIECE_BYTES)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _listening_socket(address: tuple[str, int]) -> socket.socket:
+    sock = socket.socket()
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)  # before `listen`
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _close_with_reset(writer: asyncio.StreamWriter) -> None:
@@ -174,7 +197,8 @@ async def freezing_proxy(listen: Address, target: Address) -> AsyncIterator[Free
         server = await asyncio.start_unix_server(proxy.accept, str(listen))
         proxy.address = listen
     else:
-        server = await asyncio.start_server(proxy.accept, *listen)
+        sock = _listening_socket(listen)
+        server = await asyncio.start_server(proxy.accept, sock=sock, limit=_PIECE_BYTES)
         proxy.address = server.sockets[0].getsockname()[:2]
     try:
         yield proxy
