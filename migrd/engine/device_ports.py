@@ -32,10 +32,19 @@ class DeviceInventory(Protocol):
 
 
 @dataclass(frozen=True)
+class HwptRef:
+    """A page table of a VM: ids count anew in each iommufd, so an id alone names nothing."""
+
+    iommufd: int
+    """Index into OpenDevices.iommufds."""
+    hwpt_id: int
+
+
+@dataclass(frozen=True)
 class DirtyPeek:
     """One look at a device's dirty bits that changed nothing."""
 
-    hwpt_id: int
+    hwpt: HwptRef
     iova: int
     length_bytes: int
     page_size_bytes: int
@@ -46,8 +55,8 @@ class DirtyPeek:
 class OpenDevices(Protocol):
     """The open descriptors of one VM's devices, and migrd's own reference to its iommufds.
 
-    They keep the guest's memory pinned, so they must be closed as soon as the VMM has exited
-    (`close`, also called by whoever sees the pidfd become readable).
+    They keep the guest's memory pinned, so they must be closed as soon as the VMM has exited: that
+    is `close_at_exit`. Whoever opened them owns them until then.
     """
 
     @property
@@ -61,17 +70,22 @@ class OpenDevices(Protocol):
     def hand_over(self) -> None:
         """The VMM has its own copies of the device descriptors: close ours (the iommufds stay)."""
 
-    async def find_hwpts(self) -> Sequence[int]:
-        """Ids of the page tables with dirty tracking that the VMM has made, on all iommufds."""
+    async def find_hwpts(self) -> Sequence[HwptRef]:
+        """The page tables with dirty tracking that the VMM has made, on all iommufds."""
 
     async def peek(
-        self, hwpt_id: int, iova: int, length_bytes: int, page_size_bytes: int
+        self, hwpt: HwptRef, iova: int, length_bytes: int, page_size_bytes: int
     ) -> DirtyPeek | None:
         """Read dirty bits of a mapped range with NO_CLEAR; None when the range has holes.
         Raises KernelError."""
 
-    def close(self) -> None:
-        """Let go of everything. Idempotent; the VM's devices and memory are then its own alone."""
+    async def close_at_exit(self, pidfd: int) -> None:
+        """Close everything when the process of `pidfd` has exited; until then, or cancelled, wait.
+        The pidfd stays the caller's, who may close it meanwhile."""
+
+    async def close(self) -> None:
+        """Let go of everything. Idempotent; the VM's devices and memory are then its own alone.
+        Not at once: letting go of the last reference frees and unpins the guest's memory."""
 
 
 class Passthrough(Protocol):
