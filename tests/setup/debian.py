@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from migrd.demo.image import cache_dir
@@ -63,6 +63,8 @@ class Bundle:
     """Put before the caller's own; `{root}` is the unpacked root."""
     environment: tuple[tuple[str, str], ...] = ()
     """Set for the program; `{root}` as above."""
+    is_program: bool = field(default=True, repr=False)  # unpacked, both kinds are the same
+    """False: what is wanted are files to read; `program` is one of them and is returned as is."""
 
 
 QEMU_10 = Bundle(
@@ -88,6 +90,22 @@ PROMTOOL = Bundle(
     program="usr/bin/promtool",
     alone=True,  # a static program; its package would bring a web page's libraries along
 )
+# The machine's own kernel headers are older than iommufd.
+LINUX_HEADERS = Bundle(
+    name="linux-headers",
+    packages=("linux-libc-dev",),
+    program="usr/include/linux/iommufd.h",
+    backports=True,
+    alone=True,
+    is_program=False,
+)
+# The compiler proper: enough to check a source for arm64 without making an object of it.
+ARM64_COMPILER = Bundle(
+    name="arm64-compiler",
+    packages=("cpp-12-aarch64-linux-gnu",),
+    program="usr/lib/gcc-cross/aarch64-linux-gnu/12/cc1",
+    alone=True,
+)
 
 
 def qemu_binaries() -> dict[str, Path]:
@@ -101,6 +119,17 @@ def qemu_binaries() -> dict[str, Path]:
 def promtool() -> Path:
     """Prometheus' checker of metrics and rules. Raises SetUpError if it cannot be had."""
     return _named("MIGRD_TEST_PROMTOOL") or unpacked(PROMTOOL)
+
+
+def linux_headers() -> Path:
+    """Directory of the kernel's headers for programs. Raises SetUpError if it cannot be had."""
+    named = os.environ.get("MIGRD_TEST_LINUX_HEADERS")
+    return Path(named) if named else unpacked(LINUX_HEADERS).parent.parent
+
+
+def arm64_compiler() -> Path:
+    """GCC's `cc1` for arm64. Raises SetUpError if it cannot be had."""
+    return _named("MIGRD_TEST_ARM64_CC1") or unpacked(ARM64_COMPILER)
 
 
 def _named(variable: str) -> Path | None:
@@ -130,7 +159,7 @@ def unpacked(bundle: Bundle) -> Path:
     """
     key = hashlib.sha256(repr(bundle).encode()).hexdigest()[:12]
     home = cache_dir() / "debian" / f"{bundle.name}-{key}"
-    wrapper = home / "bin" / Path(bundle.program).name
+    wrapper = home / _entry_of(bundle)
     home.parent.mkdir(parents=True, exist_ok=True)
     with _only_one(home.parent / ".lock"):
         if wrapper.exists() and _runs(wrapper, bundle) is None:
@@ -144,6 +173,16 @@ def unpacked(bundle: Bundle) -> Path:
     return wrapper
 
 
+@contextlib.contextmanager
+def downloaded(bundle: Bundle) -> Iterator[list[Path]]:
+    """The packages of `bundle` as files, until the block ends. Raises SetUpError."""
+    home = cache_dir() / "debian"
+    home.mkdir(parents=True, exist_ok=True)
+    with _only_one(home / ".lock"):
+        yield _download(bundle, home / "apt")
+        shutil.rmtree(home / "apt" / "archives", ignore_errors=True)
+
+
 def _build(bundle: Bundle, home: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{bundle.name}-", dir=home.parent) as aside:
         work = Path(aside) / "bundle"
@@ -153,12 +192,20 @@ def _build(bundle: Bundle, home: Path) -> None:
             _run(["dpkg-deb", "-x", str(package), str(root)], f"unpack {package.name}")
         if not (root / bundle.program).exists():
             raise SetUpError(f"the packages of {bundle.name} contain no {bundle.program}")
-        wrapper = work / "bin" / Path(bundle.program).name
-        wrapper.parent.mkdir()
-        wrapper.write_text(_wrapper_text(bundle, home / "root"))
-        wrapper.chmod(0o755)
+        if bundle.is_program:
+            wrapper = work / _entry_of(bundle)
+            wrapper.parent.mkdir()
+            wrapper.write_text(_wrapper_text(bundle, home / "root"))
+            wrapper.chmod(0o755)
         work.rename(home)
     shutil.rmtree(home.parent / "apt" / "archives", ignore_errors=True)
+
+
+def _entry_of(bundle: Bundle) -> Path:
+    """Below the bundle's directory: the wrapper of a program, else the file itself."""
+    if bundle.is_program:
+        return Path("bin") / Path(bundle.program).name
+    return Path("root") / bundle.program
 
 
 def _wrapper_text(bundle: Bundle, root: Path) -> str:
@@ -170,6 +217,8 @@ def _wrapper_text(bundle: Bundle, root: Path) -> str:
 
 def _runs(wrapper: Path, bundle: Bundle) -> str | None:
     """Why it does not run, or None if it does."""
+    if not bundle.is_program:
+        return None
     try:
         done = subprocess.run(
             [str(wrapper), *bundle.try_with], capture_output=True, text=True, timeout=60
@@ -298,6 +347,8 @@ def main() -> int:
     try:
         programs = {f"QEMU {name}": path for name, path in qemu_binaries().items()}
         programs["promtool"] = promtool()
+        programs["Linux headers"] = linux_headers()
+        programs["compiler for arm64"] = arm64_compiler()
     except SetUpError as error:
         sys.stderr.write(f"tests: {error}\n")
         return 1

@@ -82,7 +82,14 @@ def test_without_root_it_lists_exactly_what_is_missing_and_touches_nothing(
     done = machine.set_up("--tests")
     assert done.returncode == 1
     missing = done.stderr.partition("(names of Debian packages): ")[2].partition("- install")[0]
-    assert missing.split() == ["qemu-system-x86", "binutils", "iproute2", "util-linux", "git"]
+    assert missing.split() == [
+        "qemu-system-x86",
+        "binutils",
+        "iproute2",
+        "util-linux",
+        "git",
+        "gcc",
+    ]
     assert not (machine.checkout / ".venv").exists()
 
 
@@ -143,7 +150,7 @@ def test_an_environment_for_the_tests_serves_the_demo_too_but_not_the_other_way_
     machine: Machine,
 ) -> None:
     machine.with_fake_environments()
-    for tool in ("ip", "tc", "unshare", "git"):
+    for tool in ("ip", "tc", "unshare", "git", "gcc"):
         machine.command(tool, "exit 0")
     machine.set_up()
     machine.installed()
