@@ -7,7 +7,7 @@ QEMU; both decide which page tables QEMU makes (decision.md, H1 to H3), so neith
 on the way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -51,6 +51,9 @@ class VfioLaunchDevice:
     given_by: GivenBy
     sysfs_path: str | None = None
     """For `sysfsdev`."""
+    guest_bus: str | None = None
+    guest_address: str | None = None
+    """Its slot in the guest (`05.0`); None: QEMU takes the next free one, in attach order."""
     properties: Mapping[str, str] = field(default_factory=dict)
     """Further properties, only such as this QEMU has (`enable-migration`, `migration-events`)."""
 
@@ -61,5 +64,19 @@ class VfioLaunch:
 
     iommufds: tuple[str, ...] = ()
     """Ids of the iommufd objects."""
+    iommufds_by_fd: bool = False
+    """They are given as open descriptors of /dev/iommu; else QEMU opens it."""
     devices: tuple[VfioLaunchDevice, ...] = ()
     """In attach order."""
+
+
+def arguments(
+    launch: VfioLaunch, iommufd_fds: Sequence[int], device_fds: Mapping[str, int]
+) -> list[str]:
+    """QEMU's arguments for all passthrough devices, in the plan's order.
+
+    `iommufd_fds`: one inherited descriptor for each iommufd object, in its order, when they are
+    given by descriptor; `device_fds`: by address, for each device that is. Raises Invalid when one
+    is missing or a value could be read as more than a value.
+    """
+    raise NotImplementedError
