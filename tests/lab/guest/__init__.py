@@ -3,7 +3,8 @@
 The directory says in which of the three boots a file runs:
 
     guest/mock/test_*.py   no vIOMMU; the mock devices of iommufd's own selftest
-    guest/vfio/test_*.py   an emulated VT-d with NICs (two e1000e, one igb with VFs), and mtty mdevs
+    guest/vfio/test_*.py   an emulated VT-d, mtty mdevs, and NICs: an e1000e alone, two that share
+                           an IOMMU group, an igb with up to seven VFs behind a root port
     guest/e2e/test_*.py    mtty mdevs behind the mock IOMMU: a VFIO device with a page table that
                            tracks dirty pages; a UUID that starts with 0d0d0d0d cannot
 
@@ -23,6 +24,7 @@ time, and let no parameter depend on the machine. In the guest (inside.py):
   the cache. The checkout is at its own path, and so is the environment.
 - a test that is skipped counts as failed: a guest has what its tier promises.
 - the kernel's log is watched: a warning or an oops fails the test that caused it.
-- asyncio tests, `tmp_path`, `short_tmp_path` and `qemu_binaries["10"]` (nested, TCG) work as outside.
+- asyncio tests, `tmp_path`, `short_tmp_path` and `qemu_binaries["10"]` (nested, TCG) work as
+  outside. Bind the NICs, make the mdevs you need, and leave them as they were.
 - time runs three to ten times slower: wait for conditions, keep mapped memory at 64 to 256 MiB.
 """
