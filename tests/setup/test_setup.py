@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+HEADER = "/usr/include/gelf.h"
 PLAIN_TOOLS = ("sh", "dirname", "cat", "tr", "mktemp", "tail", "rm", "mkdir", "cmp", "sha256sum")
 
 
@@ -17,13 +18,16 @@ class Machine:
     def __init__(self, directory: Path) -> None:
         self.bin = directory / "bin"
         self.checkout = directory / "checkout"
+        self.header = directory / "gelf.h"
         self.bin.mkdir()
         for tool in PLAIN_TOOLS:
             self.bin.joinpath(tool).symlink_to(shutil.which(tool) or pytest.fail(tool))
         (self.checkout / "deploy").mkdir(parents=True)
         script = (ROOT / "deploy" / "setup").read_text()
         assert "PATH=$PATH:/usr/sbin:/sbin" in script
+        assert HEADER in script
         script = script.replace("PATH=$PATH:/usr/sbin:/sbin", "PATH=$PATH")  # nothing but ours
+        script = script.replace(HEADER, str(self.header))
         (self.checkout / "deploy" / "setup").write_text(script)
         for name in ("pyproject.toml", "requirements.lock", "requirements-dev.lock"):
             shutil.copy(ROOT / name, self.checkout)
@@ -83,12 +87,8 @@ def test_without_root_it_lists_exactly_what_is_missing_and_touches_nothing(
     assert done.returncode == 1
     missing = done.stderr.partition("(names of Debian packages): ")[2].partition("- install")[0]
     assert missing.split() == [
-        "qemu-system-x86",
-        "binutils",
-        "iproute2",
-        "util-linux",
-        "git",
-        "gcc",
+        *("qemu-system-x86", "binutils", "iproute2", "util-linux", "git"),
+        *("flex", "bison", "bc", "make", "gcc", "xz-utils", "libelf-dev"),
     ]
     assert not (machine.checkout / ".venv").exists()
 
@@ -150,8 +150,9 @@ def test_an_environment_for_the_tests_serves_the_demo_too_but_not_the_other_way_
     machine: Machine,
 ) -> None:
     machine.with_fake_environments()
-    for tool in ("ip", "tc", "unshare", "git", "gcc"):
+    for tool in ("ip", "tc", "unshare", "git", "flex", "bison", "bc", "make", "gcc", "xz"):
         machine.command(tool, "exit 0")
+    machine.header.touch()
     machine.set_up()
     machine.installed()
     assert machine.set_up("--tests").returncode == 0
