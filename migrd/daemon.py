@@ -193,6 +193,8 @@ def engine_options(settings: Settings) -> EngineOptions:
         queue=settings.events.queue_events,
         peers={name.lower(): entry.url for name, entry in settings.peers.items()},
         migrd_version=migrd.__version__,
+        tracking_policy=settings.devices.tracking_policy,
+        forbidden_tracking_policies=frozenset(settings.devices.forbidden_tracking_policies),
     )
 
 

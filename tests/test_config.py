@@ -174,6 +174,14 @@ def test_the_default_policy_is_that_of_the_core() -> None:
     assert Settings().migration.default_policy() == Policy()
 
 
+def test_the_default_tracking_policy_is_that_of_the_engine(load_text: Load) -> None:
+    devices, engine = Settings().devices, EngineOptions(host="a")
+    assert devices.tracking_policy is engine.tracking_policy
+    assert set(devices.forbidden_tracking_policies) == engine.forbidden_tracking_policies
+    told = load_text('[devices]\nexpected = ["0000:C1:00.0"]\n').devices
+    assert told.expected == ("0000:c1:00.0",)
+
+
 def test_the_default_deadlines_are_those_of_the_engine() -> None:
     migration, engine = Settings().migration, EngineOptions(host="a")
     for name in (
@@ -268,6 +276,20 @@ BAD = [
     ),
     (f'[api]\nsocket = "/{"x" * 107}"\n', ["api.socket", "108 bytes", "at most 107"]),
     (f'[host]\nruntime_dir = "/{"r" * 70}"\n', ["host.runtime_dir", "71 bytes", "each QEMU"]),
+    (
+        "[devices]\nrescan_interval_s = 0.1\n",
+        ["devices.rescan_interval_s = 0.1", "greater than or equal to 1"],
+    ),
+    ('[devices]\ntracking_policy = "maybe"\n', ["devices.tracking_policy", "'auto', 'always'"]),
+    (
+        '[devices]\nforbidden_tracking_policies = ["never", "auto"]\n',
+        ['devices.tracking_policy = "auto" is among', "always, require"],
+    ),
+    (
+        '[devices]\nforbidden_tracking_policies = ["auto", "always", "never", "require"]\n',
+        ["devices.forbidden_tracking_policies names every policy"],
+    ),
+    ('[devices]\nexpected = ["41:00.2"]\n', ["devices.expected[0]", "such as 0000:41:00.2"]),
     ("[api\n", ["not TOML", "line 1"]),
     ("[api]\n[api]\n", ["not TOML"]),
     ("a = " + "[" * 3000, ["not TOML"]),

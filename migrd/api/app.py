@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from migrd.api import routes, routes_host
+from migrd.api import routes, routes_devices, routes_host
 from migrd.api.auth import Gate, Identity, Scope
 from migrd.api.models_migration import Defaults
 from migrd.api.problems import (
@@ -34,7 +34,7 @@ from migrd.api.table import ROUTES, Call, Limits, MetricsSnapshot, Route, Site, 
 from migrd.engine.service import Service
 from migrd.errors import MigrdError, NotAuthorized, RequestError, TooLarge
 
-DECLARED_IN: Final = (routes_host, routes)
+DECLARED_IN: Final = (routes_host, routes_devices, routes)
 """Importing these fills ROUTES."""
 
 log = structlog.get_logger(__name__)
@@ -48,6 +48,9 @@ BY: Final = web.RequestKey("BY", Identity)
 _NOBODY: Final = Identity("nobody", Scope.OPEN)
 _ID_OF_CLIENT: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PARAMETER: Final = re.compile(r"\{(\w+)\}")
+_SEGMENT: Final = {"address": "(?:(?!:[a-z]{5,}$)[^/{}])+"}
+"""PCI addresses hold colons: of theirs, only a verb at the end (`:probe`) is not part. No part of
+an address has five letters."""
 
 
 def build_app(
@@ -79,10 +82,15 @@ def _add(app: web.Application, route: Route) -> None:
         return await route.call(Call(app[SITE], request, request[BY]))
 
     app[BOUND][bound] = route
-    resource = _PARAMETER.sub(r"{\1:[^/:{}]+}", route.path)
+    resource = _PARAMETER.sub(_parameter, route.path)
     methods = ["GET", "HEAD"] if route.method == "GET" and not route.is_stream else [route.method]
     for method in methods:
         app.router.add_route(method, resource, bound, expect_handler=_expect)
+
+
+def _parameter(found: re.Match[str]) -> str:
+    name = found[1]
+    return f"{{{name}:{_SEGMENT.get(name, '[^/:{}]+')}}}"
 
 
 async def _close_streams(app: web.Application) -> None:

@@ -2,11 +2,22 @@
 
 wire               what all of them share
 models_host        this host, VMs, readiness, events
+models_devices     IOMMUs and devices
 models_migration   what is asked of migrations
 models_progress    how a migration stands
 problems           problem details
 """
 
+from migrd.api.models_devices import (
+    Capability,
+    Device,
+    DeviceList,
+    DeviceMigration,
+    DeviceReason,
+    DeviceVerdict,
+    Iommu,
+    Kernel,
+)
 from migrd.api.models_host import (
     Check,
     Event,
@@ -49,15 +60,23 @@ from migrd.api.wire import NAME_PATTERN, WireModel
 __all__ = [
     "NAME_PATTERN",
     "ActionAnswer",
+    "Capability",
     "Check",
     "Condition",
     "Decision",
     "DecisionList",
     "Defaults",
+    "Device",
+    "DeviceList",
+    "DeviceMigration",
+    "DeviceReason",
+    "DeviceVerdict",
     "Estimate",
     "Event",
     "Health",
     "Host",
+    "Iommu",
+    "Kernel",
     "Migration",
     "MigrationList",
     "MigrationRequest",

@@ -1,12 +1,14 @@
-"""Wire models of this host, its VMs, readiness, and events."""
+"""Wire models of this host, its VMs, readiness, and events; its devices are in `models_devices`."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Self
 
 from pydantic import ConfigDict, Field, JsonValue, PlainValidator, WithJsonSchema
 
+from migrd.api.models_devices import MOST_TROUBLE, Iommu, Kernel, safe
 from migrd.api.wire import At, Name, WireModel, at, at_or_none, ms
 from migrd.core import facts
+from migrd.core.tracking import TrackingPolicy
 from migrd.engine import service
 
 MAX_PARAMETERS: Final = 64
@@ -83,6 +85,19 @@ class Host(WireModel):
     memory_available_bytes: int | None
     all_iommus_track_dirty: bool | None
     """Whether every IOMMU of this host can track dirty pages; null: not known."""
+    all_iommus_track_dirty_why: str
+    """For people: which instances the answer rests on, and how theirs are known."""
+    iommus: tuple[Iommu, ...]
+    """The evidence, by name."""
+    kernel: Kernel | None
+    """What it offers for passthrough; null: not looked at."""
+    devices: int
+    """How many devices are, or could be, passed through: /v1/devices lists them."""
+    inventory_trouble: tuple[str, ...]
+    """What of the hardware could not be read, for people."""
+    tracking_policy: TrackingPolicy
+    """When dirty tracking is asked for as a VM starts, where the request does not say."""
+    forbidden_tracking_policies: tuple[TrackingPolicy, ...]
     tls: bool
     """Whether the stream of guest memory is encrypted."""
     vms: int
@@ -102,6 +117,13 @@ class Host(WireModel):
             incoming_active=view.incoming_active,
             memory_available_bytes=view.memory_available_bytes,
             all_iommus_track_dirty=view.all_iommus_track_dirty,
+            all_iommus_track_dirty_why=safe(view.all_iommus_track_dirty_why),
+            iommus=tuple(Iommu.of(iommu) for iommu in view.iommus),
+            kernel=None if view.kernel is None else Kernel.of(view.kernel),
+            devices=view.devices,
+            inventory_trouble=tuple(safe(t) for t in view.inventory_trouble[:MOST_TROUBLE]),
+            tracking_policy=view.tracking_policy,
+            forbidden_tracking_policies=view.forbidden_tracking_policies,
             tls=view.tls,
             vms=view.vms,
             peers=tuple(Peer.of(peer) for peer in view.peers),
@@ -233,8 +255,8 @@ class Event(WireModel):
     id: int
     at: At
     kind: str
-    """migration.phase, migration.round, migration.decision, vm.changed, peer.changed, events.lost;
-    new kinds may come."""
+    """migration.phase, migration.round, migration.decision, vm.changed, peer.changed,
+    device.changed, iommu.changed, host.changed, events.lost; new kinds may come."""
     vm: str | None
     migration_id: str | None
     body: Mapping[str, JsonValue]

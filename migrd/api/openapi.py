@@ -34,6 +34,7 @@ _WITH_BODY: Final = (408, 413, 415)
 _TITLE: Final = "migrd"
 _TAGS: Final[Mapping[str, str]] = {
     "host": "This host.",
+    "devices": "What this host can pass through to VMs.",
     "vms": "The VMs of this host.",
     "migrations": "Moving guests: the migration is the operation.",
     "events": "What happens, as it happens.",

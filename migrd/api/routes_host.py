@@ -30,7 +30,8 @@ MAX_PAGE: Final = 1000
 HEALTHY: Final = to_json(Health(status="ok"))
 ABOUT: Final = """migrd: live migration of virtual machines
 
-/v1/host         this host
+/v1/host         this host, and whether its IOMMUs track dirty pages
+/v1/devices      what it can pass through to VMs
 /v1/vms          its VMs
 /v1/migrations   migrations, newest first; POST begins one
 /v1/events       what happens, as server-sent events
@@ -69,7 +70,7 @@ _VM: Final = Answer("As it is now.", Vm, headers=("ETag",))
 )
 async def get_host(call: Call) -> Reply:
     """This host: versions, launch profiles, slots, peers, and whether its IOMMUs track dirty
-    pages."""
+    pages, with the evidence for each."""
     return reply(Host.of(call.service.host()))
 
 

@@ -205,6 +205,7 @@ class Tag(StrEnum):
     """Groups of routes in the document."""
 
     HOST = "host"
+    DEVICES = "devices"
     VMS = "vms"
     MIGRATIONS = "migrations"
     EVENTS = "events"

@@ -31,6 +31,7 @@ from migrd.config.loading import DEFAULT_PATH, Explained, explain, load
 from migrd.config.settings import (
     ApiSettings,
     ApiTcpSettings,
+    DevicesSettings,
     EventsSettings,
     HostSettings,
     JournalSettings,
@@ -47,6 +48,7 @@ __all__ = [
     "DEFAULT_PATH",
     "ApiSettings",
     "ApiTcpSettings",
+    "DevicesSettings",
     "EventsSettings",
     "Explained",
     "HostSettings",

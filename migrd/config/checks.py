@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from migrd.config.settings import Settings, Tls
+from migrd.core.tracking import TrackingPolicy
 
 SUN_PATH_BYTES: Final = 107
 """Longest unix socket path (unix(7): sun_path is 108 bytes with the closing null)."""
@@ -29,6 +30,7 @@ def conflicts(settings: Settings) -> tuple[Conflict, ...]:
         *_api_conflicts(settings),
         *_peer_conflicts(settings),
         *_migration_conflicts(settings),
+        *_device_conflicts(settings),
         *_path_conflicts(settings),
     )
 
@@ -110,6 +112,23 @@ def _migration_conflicts(settings: Settings) -> Iterator[Conflict]:
         yield Conflict(
             "migration.port_range",
             f"= {list(ports)} has fewer ports than incoming_slots = {migration.incoming_slots}",
+        )
+
+
+def _device_conflicts(settings: Settings) -> Iterator[Conflict]:
+    devices = settings.devices
+    forbidden = set(devices.forbidden_tracking_policies)
+    allowed = [policy.value for policy in TrackingPolicy if policy not in forbidden]
+    if not allowed:
+        yield Conflict(
+            "devices.forbidden_tracking_policies",
+            "names every policy there is, so no VM could be started; leave one out",
+        )
+    elif devices.tracking_policy in forbidden:
+        yield Conflict(
+            "devices.tracking_policy",
+            f'= "{devices.tracking_policy}" is among devices.forbidden_tracking_policies; '
+            f"choose one of {', '.join(allowed)}, or allow it",
         )
 
 

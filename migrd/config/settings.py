@@ -7,6 +7,7 @@ the setting is for. Defaults that follow other settings are filled in by `_deriv
 validation, so that whoever reads a Settings never meets "not set" where a value is needed.
 """
 
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from pydantic import (
 )
 
 from migrd.core.migration import Policy, WhenNotConverging
+from migrd.core.tracking import TrackingPolicy
 
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 DAY_S: Final = 86400.0
@@ -82,9 +84,23 @@ def _https(url: str) -> str:
     return f"https://{host}"
 
 
+_ADDRESS: Final = re.compile(
+    r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]"
+    r"|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+)
+
+
+def _device_address(given: str) -> str:
+    address = given.lower()
+    if not _ADDRESS.fullmatch(address):
+        raise ValueError("should be a PCI address such as 0000:41:00.2, or the UUID of an mdev")
+    return address
+
+
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 FileMode = Annotated[int, BeforeValidator(_octal), AfterValidator(_permissions)]
 HostName = Annotated[str, Field(pattern=NAME_PATTERN)]
+DeviceAddress = Annotated[str, AfterValidator(_device_address)]
 Address = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[^\s/\[\]@]+$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=365 * DAY_S)]
@@ -359,6 +375,33 @@ class WatchSettings(_Section):
     )
 
 
+class DevicesSettings(_Section):
+    """The devices that this host passes through to VMs, and the tracking of what they write."""
+
+    rescan_interval_s: Annotated[float, Field(ge=1, le=86_400)] = Field(
+        default=60.0,
+        description="Time between two looks at all of sysfs, in seconds. Changes are usually "
+        "heard of at once; the look is for those whose announcement was lost.",
+    )
+    tracking_policy: TrackingPolicy = Field(
+        default=TrackingPolicy.AUTO,
+        description="When to ask for dirty tracking as a VM starts, where the request does not "
+        'say: "auto" (when every passthrough device can be tracked), "always" (wherever an IOMMU '
+        'can), "never", or "require" (as auto, but a VM that could not be live-migrated is '
+        "refused).",
+    )
+    forbidden_tracking_policies: tuple[TrackingPolicy, ...] = Field(
+        default=(),
+        description="Policies that a request may not ask for on this host.",
+    )
+    expected: tuple[DeviceAddress, ...] = Field(
+        default=(),
+        description="Addresses of the devices that are meant for VMs: PCI addresses as in "
+        "0000:41:00.2, UUIDs of mdevs. `migrd doctor` says which of them are not ready; nothing "
+        "is allowed or forbidden by this list.",
+    )
+
+
 class JournalSettings(_Section):
     """The durable record of what migrd means to do."""
 
@@ -418,6 +461,7 @@ class Settings(_Section):
     peers: dict[HostName, RosterEntry] = Field(default_factory=dict)
     migration: MigrationSettings = Field(default_factory=MigrationSettings)
     watch: WatchSettings = Field(default_factory=WatchSettings)
+    devices: DevicesSettings = Field(default_factory=DevicesSettings)
     journal: JournalSettings = Field(default_factory=JournalSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     events: EventsSettings = Field(default_factory=EventsSettings)

@@ -38,7 +38,9 @@ class Engine:
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
         try:
+            self._group.create_task(self.host.devices.watch(), name="devices")
             await recover(self.migrations)
+            await self.host.devices.first_look()
         except BaseException:
             await self._end()
             raise

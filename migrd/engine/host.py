@@ -1,4 +1,4 @@
-"""This host, as clients see it: slots, profiles, peers, readiness."""
+"""This host, as clients see it: slots, profiles, peers, IOMMUs, readiness."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,8 @@ from typing import Final
 
 import structlog
 
+from migrd.engine.device_verdict import why_all_track
+from migrd.engine.devices import HostDevices
 from migrd.engine.memory import memory_available_bytes
 from migrd.engine.migrations import Migrations
 from migrd.engine.ports import Peer
@@ -23,6 +25,7 @@ class HostFacts:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.devices = HostDevices(world)
         self._binaries: Mapping[str, str | None] = {}
         self._boot_wall_s = world.clock.wall_s()
         self._memory_bytes: int | None = None
@@ -36,6 +39,7 @@ class HostFacts:
     def view(self, migrations: Migrations) -> HostView:
         """A snapshot."""
         options, binaries = self._world.options, dict(self._binaries)
+        inventory = self.devices.inventory
         return HostView(
             name=options.host,
             migrd_version=options.migrd_version,
@@ -47,7 +51,14 @@ class HostFacts:
             incoming_slots=options.incoming_slots,
             incoming_active=migrations.incoming_active,
             memory_available_bytes=self._memory_bytes,
-            all_iommus_track_dirty=None,
+            all_iommus_track_dirty=inventory.all_iommus_track_dirty,
+            all_iommus_track_dirty_why=why_all_track(inventory),
+            iommus=tuple(inventory.iommus[name] for name in sorted(inventory.iommus)),
+            kernel=inventory.kernel,
+            devices=len(inventory.devices),
+            inventory_trouble=tuple(inventory.trouble),
+            tracking_policy=options.tracking_policy,
+            forbidden_tracking_policies=tuple(sorted(options.forbidden_tracking_policies)),
             tls=options.tls is not None,
             vms=len(migrations.vms.all()),
             peers=tuple(self._peers[name] for name in sorted(self._peers)),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from migrd.core.tracking import TrackingPolicy
 from migrd.engine.ports import PortRange, TlsIdentity
 
 
@@ -41,6 +42,9 @@ class EngineOptions:
     peers: Mapping[str, str] = field(default_factory=dict)
     """Roster: host name -> URL, for people to see."""
     migrd_version: str = ""
+    tracking_policy: TrackingPolicy = TrackingPolicy.AUTO
+    """Where a request names none."""
+    forbidden_tracking_policies: frozenset[TrackingPolicy] = frozenset()
 
     def switchover_s(self, downtime_limit_s: float) -> float:
         """Deadline of the switchover phase."""

@@ -31,6 +31,7 @@ from migrd.engine.prepare import judge
 from migrd.engine.service import (
     Answer,
     Check,
+    DeviceView,
     HostView,
     MigrationView,
     PlanView,
@@ -70,6 +71,15 @@ class Registry:
 
     def readiness(self) -> Sequence[Check]:
         return self._host.readiness(self._migrations)
+
+    def devices(self) -> tuple[int, Sequence[DeviceView]]:
+        return self._host.devices.views()
+
+    def device(self, address: str) -> DeviceView:
+        return self._host.devices.view(address)
+
+    async def probe_device(self, address: str, *, by: str) -> DeviceView:
+        return await self._host.devices.probe(address, by=by)
 
     # VMs --------------------------------------------------------------------------------------
 

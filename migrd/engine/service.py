@@ -14,8 +14,10 @@ from typing import Protocol
 
 from migrd.core.admission import Admission
 from migrd.core.convergence import Decision, Estimate
+from migrd.core.devices import Device, DeviceKind, IommuInstance, KernelFacts
 from migrd.core.facts import Round, VmFacts, VmSpec
 from migrd.core.migration import Cause, Mode, Policy, Refusal, Request
+from migrd.core.tracking import Migratability, Reason, TrackingPolicy
 
 
 class Role(StrEnum):
@@ -158,10 +160,53 @@ class HostView:
     incoming_active: int
     memory_available_bytes: int | None
     all_iommus_track_dirty: bool | None
-    """None: unknown (this version of migrd does not look yet)."""
+    """None: not known; `all_iommus_track_dirty_why` says of which."""
     tls: bool
     vms: int
     peers: tuple[PeerView, ...] = ()
+    all_iommus_track_dirty_why: str = ""
+    """For people: the instances it rests on, and how their answers are known."""
+    iommus: tuple[IommuInstance, ...] = ()
+    """By name."""
+    kernel: KernelFacts | None = None
+    devices: int = 0
+    """How many devices are, or could be, passed through."""
+    inventory_trouble: tuple[str, ...] = ()
+    """What of this host's hardware could not be read."""
+    tracking_policy: TrackingPolicy = TrackingPolicy.AUTO
+    forbidden_tracking_policies: tuple[TrackingPolicy, ...] = ()
+
+
+@dataclass(frozen=True)
+class DeviceVerdict:
+    """What a VM with one device alone could be promised."""
+
+    migratability: Migratability
+    """What is proven."""
+    migratability_at_best: Migratability
+    """If what is unknown turns out well."""
+    reasons: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True)
+class DeviceView:
+    """One device that is, or could be, passed through."""
+
+    device: Device
+    verdict: DeviceVerdict
+    resource_version: int
+    in_use_by: str | None = None
+    """The VM that has it; None: none that is known."""
+
+    @property
+    def is_ready(self) -> bool:
+        """A VFIO driver has it, so a VM could be given it as things are."""
+        device = self.device
+        return (
+            device.kind is DeviceKind.VFIO_MDEV
+            or device.vfio_cdev is not None
+            or "vfio" in (device.driver or "")
+        )
 
 
 @dataclass(frozen=True)
@@ -193,7 +238,8 @@ class Answer:
 @dataclass(frozen=True)
 class Published:
     """One event of the stream. `id` grows by one; `kind` is e.g. migration.phase,
-    migration.round, migration.decision, vm.changed, peer.changed, events.lost."""
+    migration.round, migration.decision, vm.changed, peer.changed, device.changed, iommu.changed,
+    host.changed, events.lost."""
 
     id: int
     wall_s: float
@@ -232,6 +278,16 @@ class Service(Protocol):
     def host(self) -> HostView: ...
 
     def readiness(self) -> Sequence[Check]: ...
+
+    def devices(self) -> tuple[int, Sequence[DeviceView]]:
+        """(resource_version, all devices by address)."""
+
+    def device(self, address: str) -> DeviceView:
+        """Raises NotFound (`unknown_device`)."""
+
+    async def probe_device(self, address: str, *, by: str) -> DeviceView:
+        """Ask the kernel about a device now, and note the answers. Raises NotFound, Conflict
+        (`device_in_use`, `driver_not_bound`), Unavailable."""
 
     def vms(self) -> tuple[int, Sequence[VmView]]:
         """(resource_version, all VMs by name)."""

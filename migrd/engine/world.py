@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from migrd.core.devices import Inventory
 from migrd.core.facts import Round
+from migrd.engine.device_ports import DeviceInventory, Passthrough
+from migrd.engine.no_devices import NoInventory, NoPassthrough
 from migrd.engine.options import EngineOptions
 from migrd.engine.ports import Clock, Journal, Launcher, Peer, SystemClock
 from migrd.engine.stream import Stream
@@ -29,6 +32,10 @@ class Observer(Protocol):
 
     def ownership_violation(self) -> None: ...
 
+    def inventory_seen(self, inventory: Inventory) -> None: ...
+
+    def estimate_was_wrong(self) -> None: ...
+
 
 class NobodyWatches:
     """An Observer that counts nothing."""
@@ -49,6 +56,10 @@ class NobodyWatches:
 
     def ownership_violation(self) -> None: ...
 
+    def inventory_seen(self, inventory: Inventory) -> None: ...
+
+    def estimate_was_wrong(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class World:
@@ -61,3 +72,5 @@ class World:
     stream: Stream
     clock: Clock = field(default_factory=SystemClock)
     observer: Observer = field(default_factory=NobodyWatches)
+    inventory: DeviceInventory = field(default_factory=NoInventory)
+    passthrough: Passthrough = field(default_factory=NoPassthrough)

@@ -3,6 +3,7 @@
     recorder     Metrics: the calls that the rest of the daemon makes
     migrations   outcomes, phases, blackouts, rounds; gauges of migrations going on
     vms          dirty rates and verdicts of VMs
+    devices      IOMMUs and the devices behind them
     daemon       event loop, journal, QMP, peers, process
     loop_lag     the probe behind migrd_event_loop_lag_seconds
     labels       bounded label values

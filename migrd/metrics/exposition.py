@@ -28,8 +28,10 @@ from typing import Final, Protocol
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from migrd.core.devices import Inventory
 from migrd.engine.service import MigrationView, VmView
 from migrd.engine.threads import in_thread
+from migrd.metrics.devices import device_families
 from migrd.metrics.migrations import migration_families
 from migrd.metrics.recorder import Metrics
 from migrd.metrics.render import Renderer, Rows
@@ -73,6 +75,7 @@ class _Frozen:
     migrations: Sequence[MigrationView]
     transferred: Rows
     dirty_pages: Rows
+    inventory: Inventory | None
     at_s: float
 
 
@@ -142,6 +145,7 @@ class Exposition:
             migrations=migrations,
             transferred=self._metrics.migrations.freeze(tracked),
             dirty_pages=self._metrics.vms.freeze(tracked),
+            inventory=self._metrics.devices.inventory,
             at_s=at_s,
         )
 
@@ -150,6 +154,7 @@ class Exposition:
             (
                 *migration_families(frozen.migrations, frozen.transferred),
                 *vm_families(frozen.vms, frozen.migrations, frozen.dirty_pages),
+                *device_families(frozen.inventory),
             )
         )
         digest = hashlib.blake2b(body, digest_size=12).hexdigest()

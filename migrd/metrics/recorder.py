@@ -8,8 +8,10 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry
 
+from migrd.core.devices import Inventory
 from migrd.core.facts import Round
 from migrd.metrics.daemon import DaemonMetrics
+from migrd.metrics.devices import DeviceMetrics
 from migrd.metrics.migrations import MigrationMetrics
 from migrd.metrics.vms import VmMetrics
 
@@ -22,6 +24,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.migrations = MigrationMetrics(self.registry)
         self.vms = VmMetrics()
+        self.devices = DeviceMetrics(self.registry)
         self.daemon = DaemonMetrics(self.registry, peers)
         self.changes = 0
         """Grows with everything worth a new rendering. Two threads may count one change as one."""
@@ -64,6 +67,16 @@ class Metrics:
         """A guest was seen to run where it may not."""
         self.changes += 1
         self.migrations.ownership_violation()
+
+    def inventory_seen(self, inventory: Inventory) -> None:
+        """The hardware is like this from now on."""
+        self.changes += 1
+        self.devices.inventory = inventory
+
+    def estimate_was_wrong(self) -> None:
+        """What registers promised of dirty tracking is not what the kernel answered."""
+        self.changes += 1
+        self.devices.estimate_was_wrong()
 
     def journal_committed(self, seconds: float) -> None:
         """A journal transaction became durable in this time."""

@@ -7,7 +7,7 @@ from tests.api.running import Api
 
 async def test_the_host_says_what_it_has(api: Api) -> None:
     host = Host.model_validate_json((await api("GET", "/v1/host")).body)
-    assert (host.name, host.profiles, host.all_iommus_track_dirty) == ("host-a", ("small",), None)
+    assert (host.name, host.profiles, host.all_iommus_track_dirty) == ("host-a", ("small",), False)
     assert [peer.name for peer in host.peers] == ["host-b", "host-c"]
 
 

@@ -44,6 +44,9 @@ def test_the_routes_are_those_of_the_design(document: dict[str, Any]) -> None:
         "/metrics",
         "/openapi.json",
         "/readyz",
+        "/v1/devices",
+        "/v1/devices/{address}",
+        "/v1/devices/{address}:probe",
         "/v1/events",
         "/v1/host",
         "/v1/migrations",
@@ -92,7 +95,8 @@ def test_only_reads_are_open_to_readers() -> None:
 def test_every_quantity_carries_its_unit(document: dict[str, Any]) -> None:
     """A number is a count, an id, a version, a percentage, or it says its unit."""
     unitless = {"generation", "resource_version", "epoch", "id", "pid", "status", "number"}
-    counted = {"rounds", "vms", "queue_position", "round_number", "postcopy_requests"}
+    unitless |= {"hardware_type", "iommu_group", "numa_node"}
+    counted = {"rounds", "vms", "queue_position", "round_number", "postcopy_requests", "devices"}
     slots = {f"{way}_{what}" for way in ("outgoing", "incoming") for what in ("slots", "active")}
     unit = re.compile(r"(_ms|_s|_bytes|_bytes_per_s|_pages_per_s|_percent|_channels)$")
     for name, schema in document["components"]["schemas"].items():

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from migrd.core.admission import Admission, admit_cancel, admit_policy, admit_switchover
 from migrd.core.convergence import Decision, Situation, decide, estimate
+from migrd.core.devices import Inventory
 from migrd.core.facts import Feature, QemuStatus, Round, RunState, VmFacts, VmSpec
 from migrd.core.migration import (
     Cause,
@@ -31,10 +32,14 @@ from migrd.core.migration import (
     begin,
 )
 from migrd.core.phases import Phase, Trigger
+from migrd.engine.device_changes import compare
+from migrd.engine.device_verdict import why_all_track
 from migrd.engine.service import (
     Answer,
     Check,
     Condition,
+    DeviceVerdict,
+    DeviceView,
     HostView,
     MigrationView,
     PeerView,
@@ -49,6 +54,7 @@ from migrd.engine.service import (
 )
 from migrd.engine.stream import Stream
 from migrd.errors import Conflict, Invalid, NotFound, Violation
+from tests.fakes.inventory import mixed_host
 
 WALL_S = 1_795_000_000.0
 PAGE_BYTES = 4096
@@ -105,6 +111,12 @@ class FakeService:
         self.failures: dict[str, BaseException] = {}
         self.delays_s: dict[str, float] = {}
         self.checks = [Check("journal", True, "writable"), Check("qemu", True, "small: 10.0.2")]
+        self.inventory = mixed_host()
+        self.verdicts: dict[str, DeviceVerdict] = {}
+        self.device_versions: dict[str, int] = {}
+        self.devices_in_use: dict[str, str] = {}
+        """Address -> VM."""
+        self.set_inventory(self.inventory)
         self.said: list[tuple[str, str]] = []
         """(wish, by whom): what the engine would journal."""
         self._ids = itertools.count(1)
@@ -116,6 +128,13 @@ class FakeService:
         self.known_vms[name] = vm
         self._vm_changed(vm)
         return vm
+
+    def set_inventory(self, inventory: Inventory) -> None:
+        """The hardware is as given from now on; the real comparison says what is new."""
+        changes = compare(self.inventory, self.verdicts, inventory)
+        version = self.stream.publish("device.changed", changes.counts())
+        self.device_versions |= dict.fromkeys(changes.touched, version)
+        self.inventory, self.verdicts = inventory, dict(changes.verdicts)
 
     def step(self, migration_id: str, trigger: Trigger, **facts: object) -> None:
         """Something happened to a migration; the real table says what follows."""
@@ -192,11 +211,40 @@ class FakeService:
             incoming_slots=2,
             incoming_active=0,
             memory_available_bytes=8 << 30,
-            all_iommus_track_dirty=None,
+            all_iommus_track_dirty=self.inventory.all_iommus_track_dirty,
             tls=True,
             vms=len(self.known_vms),
             peers=tuple(PeerView(p, f"https://{p}:7443", None, None, None) for p in self.peers),
+            all_iommus_track_dirty_why=why_all_track(self.inventory),
+            iommus=tuple(self.inventory.iommus.values()),
+            kernel=self.inventory.kernel,
+            devices=len(self.inventory.devices),
+            inventory_trouble=tuple(self.inventory.trouble),
         )
+
+    def devices(self) -> tuple[int, Sequence[DeviceView]]:
+        views = [self.device(address) for address in sorted(self.inventory.devices)]
+        return self.stream.resource_version, views
+
+    def device(self, address: str) -> DeviceView:
+        if address not in self.inventory.devices:
+            raise NotFound(f"{address} is no device of this host", code="unknown_device")
+        return DeviceView(
+            self.inventory.devices[address],
+            self.verdicts[address],
+            self.device_versions[address],
+            self.devices_in_use.get(address),
+        )
+
+    async def probe_device(self, address: str, *, by: str) -> DeviceView:
+        await self._reached("probe_device")
+        view = self.device(address)
+        if not view.is_ready:
+            raise Conflict(f"{address}: no VFIO driver has it", code="driver_not_bound")
+        if view.in_use_by is not None:
+            raise Conflict(f"{view.in_use_by} has {address}", code="device_in_use")
+        self.said.append(("probe", by))
+        return view
 
     def readiness(self) -> Sequence[Check]:
         return self.checks

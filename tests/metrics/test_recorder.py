@@ -14,13 +14,18 @@ from migrd.engine.service import Role
 from migrd.engine.world import Observer
 from migrd.metrics import Exposition, Metrics
 from migrd.metrics.daemon import QMP_COMMANDS
+from tests.fakes.inventory import mixed_host
 from tests.metrics.views import Host, migration_view, vm_facts, vm_view
 
 NAMES = {
     "migrd_build_info",
+    "migrd_device_estimates_wrong",
+    "migrd_devices",
     "migrd_event_loop_lag_seconds",
     "migrd_harvest_duration_seconds",
     "migrd_harvest_rounds",
+    "migrd_host_all_iommus_track_dirty",
+    "migrd_iommu_dirty_tracking",
     "migrd_journal_commit_seconds",
     "migrd_migration_blackout_seconds",
     "migrd_migration_phase_duration_seconds",
@@ -65,6 +70,8 @@ def busy() -> tuple[Metrics, Host]:
     metrics.peer_checked("b", True)
     metrics.loop_lag(0.0001)
     metrics.ownership_violation()
+    metrics.inventory_seen(mixed_host())
+    metrics.estimate_was_wrong()
     host = Host(known=[vm_view("web", vm_facts())], moving=[migration_view("web")])
     return metrics, host
 
