@@ -4,10 +4,12 @@ Facts come from outside (QMP, sysfs, a peer), so each enum has UNKNOWN and each 
 missing is optional: unknown is a state, never a default. Nothing here decides anything.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
+
+from migrd.core.vm_spec import SpecDevice as SpecDevice
+from migrd.core.vm_spec import VmSpec as VmSpec
 
 
 class _Open(StrEnum):
@@ -99,13 +101,27 @@ REQUIRED_FEATURES = frozenset(
 
 
 @dataclass(frozen=True)
-class VmSpec:
-    """What an administrator's launch profile is filled with; the same on both hosts."""
+class PassthroughFacts:
+    """What a running QEMU says of one of its passthrough devices."""
 
-    name: str
-    profile: str | None
-    """Name of the launch profile; None for an adopted VM whose profile nobody has named."""
-    parameters: Mapping[str, str | int | bool] = field(default_factory=dict)
+    id: str
+    """QEMU's id of it, the same on both hosts."""
+    address: str | None = None
+    """PCI address or mdev UUID on this host; None where QEMU was given a descriptor and nobody
+    remembers of what."""
+    iommufd: str | None = None
+    """Id of its iommufd object; None: the legacy VFIO group interface, or not known."""
+    guest_address: str | None = None
+    """Where the guest sees it: domain, bus, slot and function, as QEMU numbers them."""
+    migrates: bool | None = None
+    """False: a reason of QEMU's names it. None: a reason names no device and may mean it."""
+    blocked_reasons: tuple[str, ...] = ()
+    """Those of QEMU's reasons that name it."""
+    device_state: str | None = None
+    """The last that was told, in QEMU's word, be it one never met; None: nothing was told."""
+    was_reset: bool = False
+    """QEMU could not move its state, reset it and let the guest run on: what the guest had set up
+    in it is lost."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,8 @@ class VmFacts:
     features: frozenset[Feature]
     passthrough_devices: tuple[str, ...] = ()
     """QOM ids of VFIO devices; not empty means: no postcopy."""
+    devices: tuple[PassthroughFacts, ...] = ()
+    """The same devices, each with what is said of it."""
     blocked_reasons: tuple[str, ...] = ()
     """QEMU's own reasons not to migrate."""
     may_lose_dirty_pages: bool = False
@@ -181,6 +199,11 @@ class TransferSample:
     throttle_percent: int | None = None
     device_transferred_bytes: int | None = None
     """VFIO device data, where there is any."""
+    device_states: tuple[tuple[str, str], ...] = ()
+    """(id, state in QEMU's word) of each passthrough device that told of one, by id."""
+    reset_devices: tuple[str, ...] = ()
+    """Devices that lost their state in a migration that failed: see PassthroughFacts.was_reset.
+    Ids, or QEMU's own name for one whose id is not known."""
     multifd_bytes: int | None = None
     postcopy_requests: int | None = None
     error: str | None = None

@@ -11,7 +11,7 @@
 Times: `wall_s` is for people; `monotonic_s` (CLOCK_MONOTONIC, one boot) is for durations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -57,6 +57,11 @@ class Request:
     allow_postcopy: bool = False
     """Prepare both sides so that postcopy can be chosen later (implied by the policy)."""
     requested_by: str = ""
+    destination_devices: Mapping[str, str] = field(default_factory=dict)
+    """QEMU id of a passthrough device -> address of the one that takes its place there; those not
+    named have the same address there."""
+    accept_less_migratable: bool = False
+    """Someone has agreed that the VM may be less migratable there than it is here."""
 
     @property
     def may_postcopy(self) -> bool:

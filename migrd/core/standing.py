@@ -1,0 +1,115 @@
+"""The decision that stands for a VM: the plan, what it rested on, and when it was made.
+
+It is kept durably before QEMU is started, shown, and every change is judged against it. Everything
+in it is bounded and plain text, whatever sysfs had in it: what cannot be written down could not be
+kept (`sound`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import Enum
+from typing import Any, TypeVar
+
+from migrd.core.devices import Answer, Capability, Device, Evidence, MigrationFlag
+from migrd.core.facts import VmSpec
+from migrd.core.tracking import Plan, TrackingRequest
+
+T = TypeVar("T")
+
+LONGEST_TEXT = 1000
+"""Characters: a sentence for people, not a file."""
+
+
+@dataclass(frozen=True)
+class DeviceEvidence:
+    """What the decision knew of one device."""
+
+    id: str
+    address: str
+    iommu: str | None
+    iommu_dirty_tracking: Capability
+    dma_logging: Capability
+    migration: Capability
+    migration_flags: tuple[MigrationFlag, ...] = ()
+    stop_copy_bytes: int | None = None
+    driver: str | None = None
+
+    @classmethod
+    def of(cls, id_: str, device: Device) -> "DeviceEvidence":
+        flags = tuple(flag for flag in MigrationFlag if flag in device.migration.flags)
+        return cls(
+            id=id_,
+            address=device.address,
+            iommu=device.iommu,
+            iommu_dirty_tracking=device.iommu_dirty_tracking,
+            dma_logging=device.dma_logging,
+            migration=device.migration.can,
+            migration_flags=flags,
+            stop_copy_bytes=device.migration.stop_copy_bytes,
+            driver=device.driver,
+        )
+
+
+@dataclass(frozen=True)
+class StandingDecision:
+    """One VM's decision."""
+
+    plan: Plan
+    evidence: tuple[DeviceEvidence, ...]
+    """By QEMU id."""
+    decided_wall_s: float
+    downgraded: tuple[str, ...] = ()
+    """Devices whose domain was refused tracking when QEMU tried."""
+    probed: bool = False
+    """The kernel was asked about each device for it (at a start); else it rests on what was known."""
+
+
+def standing(
+    request: TrackingRequest, plan: Plan, wall_s: float, *, probed: bool
+) -> StandingDecision:
+    """The decision of `request`, as it is kept."""
+    evidence = tuple(DeviceEvidence.of(one.id, one.device) for one in request.devices)
+    made = StandingDecision(
+        plan, evidence, wall_s, downgraded=tuple(sorted(request.downgraded)), probed=probed
+    )
+    return sound(made)
+
+
+def may_be_asked(device: Device) -> bool:
+    """Something of it is not the kernel's own answer yet, so that a probe could tell more."""
+    answers = (device.iommu_dirty_tracking, device.dma_logging, device.migration.can)
+    return any(
+        one.answer is Answer.UNKNOWN or one.evidence is Evidence.ESTIMATED for one in answers
+    )
+
+
+def with_addresses(spec: VmSpec, addresses: Mapping[str, str]) -> VmSpec:
+    """The spec for another host: its devices by QEMU id at their addresses there."""
+    devices = tuple(
+        replace(device, address=addresses.get(device.id, device.address)) for device in spec.devices
+    )
+    return replace(spec, devices=devices)
+
+
+def sound(value: T) -> T:
+    """The value with all its texts valid Unicode and bounded; names in sysfs are bytes."""
+    found: Any = _sound(value)
+    checked: T = found
+    return checked
+
+
+def _sound(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()[:LONGEST_TEXT]
+    if isinstance(value, tuple):
+        return tuple(_sound(item) for item in value)
+    if isinstance(value, frozenset):
+        return frozenset(_sound(item) for item in value)
+    if isinstance(value, Mapping):
+        return {_sound(key): _sound(item) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        made = {field.name: _sound(getattr(value, field.name)) for field in fields(value)}
+        return replace(value, **made)
+    return value
