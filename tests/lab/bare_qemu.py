@@ -26,8 +26,8 @@ from typing import Any, Self
 from migrd.demo.image import GuestImage
 from migrd.demo.proof import SerialTap
 
-_START_S = 15.0
-_CALL_S = 15.0
+_START_S = 60.0  # of emulation within emulation
+_CALL_S = 60.0
 
 
 class QmpError(Exception):
@@ -58,6 +58,7 @@ class BareQemu:
         machine: str = "pc-i440fx-7.2",
         incoming: bool = False,
         arguments: tuple[str, ...] = (),
+        inherited: tuple[int, ...] = (),
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.image = image
@@ -67,6 +68,7 @@ class BareQemu:
         self.serial = SerialTap(name)
         self.events: list[dict[str, Any]] = []
         self._directory = directory
+        self._inherited = inherited  # descriptors that `arguments` name
         self._stderr_path = directory / f"{name}.stderr"
         self._serial_path = directory / f"{name}.serial"
         self._rom = directory / f"{name}.rom"
@@ -93,7 +95,11 @@ class BareQemu:
         await asyncio.to_thread(self.image.write_rom, self._rom)
         with self._stderr_path.open("wb") as stderr:
             self._child = await asyncio.create_subprocess_exec(
-                *self._command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr
+                *self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                pass_fds=self._inherited,
             )
         try:
             await until(self._sockets_exist, f"{self.name} opens its sockets", within_s=_START_S)
@@ -181,7 +187,13 @@ class BareQemu:
         self._listening = asyncio.create_task(listen(), name=f"serial of {self.name}")
 
 
-async def migrate(source: BareQemu, destination: BareQemu, *, multifd_channels: int = 0) -> None:
+async def migrate(
+    source: BareQemu,
+    destination: BareQemu,
+    *,
+    multifd_channels: int = 0,
+    downtime_limit_ms: int = 300,
+) -> None:
     """Move the guest, both sides on this machine, and run it on the destination.
 
     The order that never runs it twice: the destination is held, and told to go on only
@@ -191,7 +203,7 @@ async def migrate(source: BareQemu, destination: BareQemu, *, multifd_channels: 
     capabilities = [{"capability": name, "state": state} for name, state in wanted.items()]
     for side in (source, destination):
         await side.qmp("migrate-set-capabilities", capabilities=capabilities)
-        await side.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=300)
+        await side.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=downtime_limit_ms)
         if multifd_channels:
             await side.qmp("migrate-set-parameters", multifd_channels=multifd_channels)
     uri = f"unix:{source.qmp_path.parent}/{destination.name}.migration"

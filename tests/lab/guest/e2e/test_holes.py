@@ -1,0 +1,180 @@
+"""Where QEMU's own decision falls short (H1 to H4), seen on a real QEMU over the real kernel.
+
+Each hole is shown open, and then closed by what migrd plans instead: another order of devices, or
+another iommufd object. Devices are mttys behind the mock IOMMU: "able" ones have a page table that
+can track dirty pages, "unable" ones have not.
+
+mtty's own DMA log is a stub, so where a device is to have none, QEMU is told to leave it alone
+(IOMMU_ONLY), and where it has one, nothing is said of it (LOGS). Nobody's DMA is really lost here:
+what is shown is what QEMU asks the kernel for, and what it never asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.bare_qemu import migrate
+from tests.lab.guest.nested import IOMMU_ONLY, Mdev, Nested, nested
+from tests.lab.guest.raw import mtty
+
+LOGS = ""
+FORCED = f"{IOMMU_ONLY},enable-migration=on"
+# Slots of their own, which have no power before a guest gives it: a device leaves at once.
+PORTS = (
+    *("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"),
+    *("-device", "pcie-root-port,id=port1,chassis=1,slot=1"),
+    *("-device", "pcie-root-port,id=port2,chassis=2,slot=2"),
+)
+UNTRACKED = "doesn't support device and IOMMU dirty tracking"
+
+
+PAGES = (64 << 20) // 4096
+
+
+class Mttys:
+    """Made as they are asked for, removed with the test."""
+
+    def __init__(self, held: contextlib.ExitStack) -> None:
+        self._held = held
+
+    def able(self) -> Path:
+        return self._held.enter_context(mtty(tracked=True)).node
+
+    def unable(self) -> Path:
+        return self._held.enter_context(mtty(tracked=False)).node
+
+
+@pytest.fixture
+def mttys() -> Iterator[Mttys]:
+    with contextlib.ExitStack() as held:
+        yield Mttys(held)
+
+
+def page_tables(qemu: Nested) -> list[bool]:
+    """Those that QEMU allocated, in order: does it track?"""
+    flags = [re.search(r"flags=0x(\w+)", line) for line in qemu.trace("iommufd_backend_alloc_hwpt")]
+    return [bool(int(found.group(1), 16) & 2) for found in flags if found]
+
+
+def tracked_tables(qemu: Nested) -> set[str]:
+    """Page tables on which QEMU turned tracking on."""
+    lines = qemu.trace("iommufd_backend_set_dirty")
+    return {found.group(1) for line in lines if (found := re.search(r"hwpt=(\d+) enable=1", line))}
+
+
+async def pages_sent(qemu: Nested) -> int:
+    """In the migration that has ended; each page once is PAGES."""
+    ram = (await qemu.qemu.qmp("query-migrate"))["ram"]
+    return int(ram["normal"]) + int(ram["duplicate"])
+
+
+async def move(source: Nested, destination: Nested) -> None:
+    await source.qemu.qmp("cont")
+    await migrate(source.qemu, destination.qemu, downtime_limit_ms=5000)
+
+
+async def test_h1_an_able_device_after_an_unable_one_is_blocked_for_nothing(
+    mttys: Mttys, tmp_path: Path
+) -> None:
+    unable, able = Mdev("unable", mttys.unable()), Mdev("able", mttys.able())
+    async with nested(tmp_path, unable, able) as qemu:
+        assert page_tables(qemu) == [False], "the able one was put on the unable one's page table"
+        reasons = await qemu.blocked_reasons()
+    assert len([reason for reason in reasons if UNTRACKED in reason]) == 2
+
+
+async def test_h1_is_closed_by_attaching_able_devices_first(mttys: Mttys, tmp_path: Path) -> None:
+    able, unable = Mdev("able", mttys.able()), Mdev("unable", mttys.unable())
+    async with nested(tmp_path, able, unable) as qemu:
+        assert page_tables(qemu) == [True, False]
+        reasons = await qemu.blocked_reasons()
+    assert len([reason for reason in reasons if UNTRACKED in reason]) == 1
+
+
+async def test_h2_beside_an_able_device_the_log_of_an_unable_one_is_never_started(
+    mttys: Mttys, tmp_path: Path
+) -> None:
+    def pair() -> tuple[Mdev, Mdev]:
+        return Mdev("able", mttys.able()), Mdev("logs", mttys.unable(), properties=LOGS)
+
+    async with (
+        nested(tmp_path, *pair()) as source,
+        nested(tmp_path, *pair(), name="destination", incoming=True) as destination,
+    ):
+        assert await source.blocked_reasons() == [], "and nothing keeps it from migrating"
+        await move(source, destination)
+        assert len(page_tables(source)) == 2
+        assert len(tracked_tables(source)) == 1
+        assert source.trace("vfio_device_dirty_tracking_start") == []
+        assert source.trace("vfio_get_dirty_bitmap"), "nor is all memory taken for dirty"
+
+
+async def test_h2_is_closed_by_an_iommufd_object_of_its_own(mttys: Mttys, tmp_path: Path) -> None:
+    def pair() -> tuple[Mdev, Mdev]:
+        own = Mdev("logs", mttys.unable(), iommufd="own", properties=LOGS)
+        return Mdev("able", mttys.able()), own
+
+    async with (
+        nested(tmp_path, *pair()) as source,
+        nested(tmp_path, *pair(), name="destination", incoming=True) as destination,
+    ):
+        assert await source.blocked_reasons() == []
+        await move(source, destination)
+        assert len(tracked_tables(source)) == 1
+        assert source.trace("vfio_device_dirty_tracking_start"), "its log was started"
+
+
+async def test_h3_migration_forced_on_beside_an_able_device_leaves_an_unable_one_unwatched(
+    mttys: Mttys, tmp_path: Path
+) -> None:
+    def pair() -> tuple[Mdev, Mdev]:
+        return Mdev("able", mttys.able()), Mdev("forced", mttys.unable(), properties=FORCED)
+
+    async with (
+        nested(tmp_path, *pair()) as source,
+        nested(tmp_path, *pair(), name="destination", incoming=True) as destination,
+    ):
+        assert await source.blocked_reasons() == []
+        await move(source, destination)
+        assert len(tracked_tables(source)) == 1
+        assert source.trace("vfio_device_dirty_tracking_start") == []
+        assert await pages_sent(source) < 2 * PAGES, "nor is all memory taken for dirty"
+
+
+async def test_h3_alone_in_its_object_all_memory_is_taken_for_dirty_instead(
+    mttys: Mttys, tmp_path: Path
+) -> None:
+    def alone() -> Mdev:
+        return Mdev("forced", mttys.unable(), properties=FORCED)
+
+    async with (
+        nested(tmp_path, alone()) as source,
+        nested(tmp_path, alone(), name="destination", incoming=True) as destination,
+    ):
+        assert await source.blocked_reasons() == []
+        await move(source, destination)
+        assert await pages_sent(source) >= 2 * PAGES
+
+
+async def test_h4_after_the_able_device_was_unplugged_the_forced_one_is_still_not_watched(
+    mttys: Mttys, tmp_path: Path
+) -> None:
+    able = Mdev("able", mttys.able(), bus="port1")
+    forced = Mdev("forced", mttys.unable(), properties=FORCED, bus="port2")
+    twin = Mdev("forced", mttys.unable(), properties=FORCED, bus="port2")
+    async with (
+        nested(tmp_path, later=(able, forced), arguments=PORTS) as source,
+        nested(tmp_path, twin, name="destination", incoming=True, arguments=PORTS) as destination,
+    ):
+        await source.plug("able")
+        await source.plug("forced")
+        await source.unplug("able")
+        assert await source.blocked_reasons() == []
+        await move(source, destination)
+        assert tracked_tables(source) == set()
+        assert await pages_sent(source) < 2 * PAGES, "as if it were watched, unlike in H3 alone"

@@ -1,0 +1,133 @@
+"""QEMUs within a lab guest (TCG in TCG), with VFIO devices, and what they did as seen in traces.
+
+    async with nested(path, Mdev("a", node_a), Mdev("b", node_b, iommufd="own")) as qemu: ...
+
+Devices are attached in the order given; those that name one iommufd object share a container, and
+with it QEMU's single choice of how dirty pages are found. Devices and iommufds are handed over as
+open descriptors, as migrd does; the test keeps its own (`Nested.iommufds`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from migrd.demo.image import GuestImage
+from tests.lab.bare_qemu import BareQemu, until
+from tests.lab.guest.raw import Iommufd
+from tests.setup.debian import qemu_binaries
+
+IOMMU_ONLY = "x-device-dirty-page-tracking=off"
+"""The device's own log is left alone: mtty's would accept anything and report nothing."""
+
+_TRACES = (
+    "iommufd_backend_alloc_hwpt",
+    "iommufd_backend_set_dirty",
+    "iommufd_backend_get_dirty_bitmap",
+    "iommufd_cdev_attach_ioas_hwpt",
+    "vfio_device_dirty_tracking_start",
+    "vfio_get_dirty_bitmap",
+)
+_QUIET = GuestImage(working_set_pages=16, pages_per_s=100, heartbeat_interval_s=0.1)
+
+
+@dataclass(frozen=True)
+class Mdev:
+    """A device for QEMU, by its cdev."""
+
+    id: str
+    node: Path
+    iommufd: str = "iommufd0"
+    properties: str = IOMMU_ONLY
+    bus: str = ""
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A running QEMU, and what it was given."""
+
+    qemu: BareQemu
+    iommufds: dict[str, Iommufd]
+    trace_path: Path
+    pluggable: dict[str, dict[str, str]]
+
+    async def plug(self, device_id: str) -> None:
+        await self.qemu.qmp("device_add", driver="vfio-pci", **self.pluggable[device_id])
+
+    async def unplug(self, device_id: str) -> None:
+        """Wait until it is gone; its slot must be without power, for no guest takes part."""
+        await self.qemu.qmp("device_del", id=device_id)
+
+        async def is_gone() -> bool:
+            devices = await self.qemu.qmp("qom-list", path="/machine/peripheral")
+            return all(device["name"] != device_id for device in devices)
+
+        await until(is_gone, f"{device_id} is unplugged")
+
+    async def blocked_reasons(self) -> list[str]:
+        found = await self.qemu.qmp("query-migrate")
+        return list(found.get("blocked-reasons", []))
+
+    def trace(self, event: str) -> list[str]:
+        """What QEMU wrote of one trace event, in order."""
+        lines = self.trace_path.read_text().splitlines()
+        return [line.partition(event)[2].strip() for line in lines if event + " " in line]
+
+
+class _Given:
+    """Descriptors for one QEMU, kept open here too, and the arguments that name them."""
+
+    def __init__(self, held: contextlib.ExitStack) -> None:
+        self._held = held
+        self.iommufds: dict[str, Iommufd] = {}
+        self.descriptors: list[int] = []
+        self.arguments: list[str] = []
+
+    def add(self, mdev: Mdev) -> dict[str, str]:
+        """Open the device and its iommufd; returns the properties of the device."""
+        if mdev.iommufd not in self.iommufds:
+            iommufd = self.iommufds[mdev.iommufd] = Iommufd()
+            self._held.callback(iommufd.close)
+            self.descriptors.append(iommufd.fd)
+            self.arguments += ["-object", f"iommufd,id={mdev.iommufd},fd={iommufd.fd}"]
+        fd = os.open(mdev.node, os.O_RDWR | os.O_CLOEXEC)
+        self._held.callback(os.close, fd)
+        self.descriptors.append(fd)
+        own = dict(word.split("=") for word in mdev.properties.split(",") if word)
+        place = {"bus": mdev.bus} if mdev.bus else {}
+        return {"id": mdev.id, "fd": str(fd), "iommufd": mdev.iommufd, **own, **place}
+
+
+@contextlib.asynccontextmanager
+async def nested(
+    directory: Path,
+    *mdevs: Mdev,
+    later: tuple[Mdev, ...] = (),
+    name: str = "qemu",
+    incoming: bool = False,
+    arguments: tuple[str, ...] = (),
+) -> AsyncIterator[Nested]:
+    """Start QEMU 10 with `mdevs`; it is not running its guest yet. `later` can be plugged in."""
+    with contextlib.ExitStack() as held:
+        given = _Given(held)
+        for mdev in mdevs:
+            properties = "".join(f",{key}={value}" for key, value in given.add(mdev).items())
+            given.arguments += ["-device", f"vfio-pci{properties}"]
+        pluggable = {mdev.id: given.add(mdev) for mdev in later}
+        trace = directory / f"{name}.trace"
+        traced = [word for event in _TRACES for word in ("-trace", event)]
+        qemu = BareQemu(
+            qemu_binaries()["10"],
+            directory,
+            _QUIET,
+            name=name,
+            machine="q35",
+            incoming=incoming,
+            arguments=("-D", str(trace), *traced, *arguments, *given.arguments),
+            inherited=tuple(given.descriptors),
+        )
+        async with qemu:
+            yield Nested(qemu, given.iommufds, trace, pluggable)
