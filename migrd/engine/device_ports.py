@@ -67,8 +67,9 @@ class OpenDevices(Protocol):
     def device_fds(self) -> Mapping[str, int]:
         """Address -> descriptor of its VFIO character device, not yet bound."""
 
-    def hand_over(self) -> None:
-        """The VMM has its own copies of the device descriptors: close ours (the iommufds stay)."""
+    async def hand_over(self) -> None:
+        """The VMM has its own copies of the device descriptors: close ours (the iommufds stay).
+        Idempotent."""
 
     async def find_hwpts(self) -> Sequence[HwptRef]:
         """The page tables with dirty tracking that the VMM has made, on all iommufds."""
@@ -94,7 +95,9 @@ class Passthrough(Protocol):
     async def probe(self, device: Device) -> Device:
         """The device with what the kernel answers about it: it is opened, bound to an iommufd of
         its own, asked, and let go. Nothing is attached. What could not be asked is unknown with
-        the reason; never raises for one device's answers."""
+        the reason, unless it was known before; never raises for one device's answers. A device
+        that is open for a VM is not touched: binding it would make the VMM's own bind fail."""
 
     async def open(self, devices: Sequence[Device], iommufds: int) -> OpenDevices:
-        """Open them all, or none. Raises KernelError naming the device and the cure."""
+        """Open them all, or none. Raises KernelError naming the device and the cure; KernelBusy
+        when one is open for another VM already."""
