@@ -202,12 +202,9 @@ class HostDevices:
                 async with self._probing:  # one at a time: each opens /dev/iommu and the device
                     device = self._ready_to_ask(address)
                     answered = await self._world.passthrough.probe(device)
-                    self.note_probed(answered)
-                    await self._publish()
         except TimeoutError:
             message = f"{address} has not answered within {PROBE_S:g} s"
             raise Unavailable(message, code="probe_timed_out") from None
-        log.info("probed", address=address, by=by)
         used = _in_use(answered)
         if used is not None:
             raise Conflict(
@@ -215,6 +212,9 @@ class HostDevices:
                 f"{used.detail or 'somebody has it open'}; ask again when it is free",
                 code="device_in_use",
             )
+        log.info("probed", address=address, by=by)
+        self.note_probed(answered)
+        await self._publish()
         return self.view(address)
 
     def _ready_to_ask(self, address: str) -> Device:

@@ -234,8 +234,19 @@ class FakeInventory:
             self._probed[device.address] = device
         return self._take()
 
+    @property
+    def is_seen(self) -> bool:
+        """`current` is the truth, but for what was probed."""
+        return self._current == replace(self._seen(), generation=self._current.generation)
+
     def _take(self) -> Inventory:
-        devices = {**self.truth.devices, **self._probed}
+        if not self.is_seen:
+            self._current = replace(self._seen(), generation=self._current.generation + 1)
+        return self._current
+
+    def _seen(self) -> Inventory:
+        probed = {a: device for a, device in self._probed.items() if a in self.truth.devices}
+        devices = {**self.truth.devices, **probed}
         learnt = {
             device.iommu: device.iommu_dirty_tracking
             for device in devices.values()
@@ -245,10 +256,7 @@ class FakeInventory:
             name: replace(iommu, dirty_tracking=learnt.get(name, iommu.dirty_tracking))
             for name, iommu in self.truth.iommus.items()
         }
-        seen = replace(self.truth, devices=devices, iommus=iommus)
-        if replace(seen, generation=self._current.generation) != self._current:
-            self._current = replace(seen, generation=self._current.generation + 1)
-        return self._current
+        return replace(self.truth, devices=devices, iommus=iommus)
 
 
 class FakePassthrough:
