@@ -166,6 +166,8 @@ class Device:
     """VFIO_DEVICE_FEATURE_DMA_LOGGING_*: the device records its own DMA."""
     migration: DeviceMigration = field(default_factory=lambda: DeviceMigration(_NOT_ASKED))
     driver: str | None = None
+    driver_override: str | None = None
+    """Of a function without a driver: the only one that would be bound to it."""
     vendor_id: int | None = None
     device_id: int | None = None
     class_code: int | None = None
@@ -176,6 +178,7 @@ class Device:
     """Of a VF: the PF it belongs to."""
     virtual_functions: tuple[str, ...] = ()
     mdev_parent: str | None = None
+    mdev_type: str | None = None
     vfio_cdev: str | None = None
     """`/dev/vfio/devices/vfioN`; None unless a VFIO driver with cdev is bound."""
     numa_node: int | None = None
