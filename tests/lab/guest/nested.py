@@ -1,6 +1,6 @@
 """QEMUs within a lab guest (TCG in TCG), with VFIO devices, and what they did as seen in traces.
 
-    async with nested(path, Mdev("a", node_a), Mdev("b", node_b, iommufd="own")) as qemu: ...
+    async with nested(path, Device("a", node_a), Device("b", node_b, iommufd="own")) as qemu: ...
 
 Devices are attached in the order given; those that name one iommufd object share a container, and
 with it QEMU's single choice of how dirty pages are found. Devices and iommufds are handed over as
@@ -35,14 +35,17 @@ _QUIET = GuestImage(working_set_pages=16, pages_per_s=100, heartbeat_interval_s=
 
 
 @dataclass(frozen=True)
-class Mdev:
-    """A device for QEMU, by its cdev."""
+class Device:
+    """A VFIO device for QEMU."""
 
     id: str
     node: Path
     iommufd: str = "iommufd0"
     properties: str = IOMMU_ONLY
     bus: str = ""
+    sysfs: Path | None = None
+    """Given by name instead: an emulated mdev must be, for QEMU takes what comes as a descriptor
+    for a PCI device."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Nested:
         await self.qemu.qmp("device_del", id=device_id)
 
         async def is_gone() -> bool:
-            devices = await self.qemu.qmp("qom-list", path="/machine/peripheral")
-            return all(device["name"] != device_id for device in devices)
+            present = await self.qemu.qmp("qom-list", path="/machine/peripheral")
+            return all(entry["name"] != device_id for entry in present)
 
         await until(is_gone, f"{device_id} is unplugged")
 
@@ -86,37 +89,42 @@ class _Given:
         self.descriptors: list[int] = []
         self.arguments: list[str] = []
 
-    def add(self, mdev: Mdev) -> dict[str, str]:
+    def add(self, device: Device) -> dict[str, str]:
         """Open the device and its iommufd; returns the properties of the device."""
-        if mdev.iommufd not in self.iommufds:
-            iommufd = self.iommufds[mdev.iommufd] = Iommufd()
+        if device.iommufd not in self.iommufds:
+            iommufd = self.iommufds[device.iommufd] = Iommufd()
             self._held.callback(iommufd.close)
             self.descriptors.append(iommufd.fd)
-            self.arguments += ["-object", f"iommufd,id={mdev.iommufd},fd={iommufd.fd}"]
-        fd = os.open(mdev.node, os.O_RDWR | os.O_CLOEXEC)
+            self.arguments += ["-object", f"iommufd,id={device.iommufd},fd={iommufd.fd}"]
+        own = dict(word.split("=") for word in device.properties.split(",") if word)
+        place = {"bus": device.bus} if device.bus else {}
+        return {"id": device.id, **self._name(device), "iommufd": device.iommufd, **own, **place}
+
+    def _name(self, device: Device) -> dict[str, str]:
+        if device.sysfs is not None:
+            return {"sysfsdev": str(device.sysfs)}
+        fd = os.open(device.node, os.O_RDWR | os.O_CLOEXEC)
         self._held.callback(os.close, fd)
         self.descriptors.append(fd)
-        own = dict(word.split("=") for word in mdev.properties.split(",") if word)
-        place = {"bus": mdev.bus} if mdev.bus else {}
-        return {"id": mdev.id, "fd": str(fd), "iommufd": mdev.iommufd, **own, **place}
+        return {"fd": str(fd)}
 
 
 @contextlib.asynccontextmanager
 async def nested(
     directory: Path,
-    *mdevs: Mdev,
-    later: tuple[Mdev, ...] = (),
+    *devices: Device,
+    later: tuple[Device, ...] = (),
     name: str = "qemu",
     incoming: bool = False,
     arguments: tuple[str, ...] = (),
 ) -> AsyncIterator[Nested]:
-    """Start QEMU 10 with `mdevs`; it is not running its guest yet. `later` can be plugged in."""
+    """Start QEMU 10 with `devices`; it is not running its guest yet. `later` can be plugged in."""
     with contextlib.ExitStack() as held:
         given = _Given(held)
-        for mdev in mdevs:
-            properties = "".join(f",{key}={value}" for key, value in given.add(mdev).items())
+        for device in devices:
+            properties = "".join(f",{key}={value}" for key, value in given.add(device).items())
             given.arguments += ["-device", f"vfio-pci{properties}"]
-        pluggable = {mdev.id: given.add(mdev) for mdev in later}
+        pluggable = {device.id: given.add(device) for device in later}
         trace = directory / f"{name}.trace"
         traced = [word for event in _TRACES for word in ("-trace", event)]
         qemu = BareQemu(

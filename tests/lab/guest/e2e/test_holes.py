@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.bare_qemu import migrate
-from tests.lab.guest.nested import IOMMU_ONLY, Mdev, Nested, nested
+from tests.lab.guest.nested import IOMMU_ONLY, Device, Nested, nested
 from tests.lab.guest.raw import mtty
 
 LOGS = ""
@@ -81,7 +81,7 @@ async def move(source: Nested, destination: Nested) -> None:
 async def test_h1_an_able_device_after_an_unable_one_is_blocked_for_nothing(
     mttys: Mttys, tmp_path: Path
 ) -> None:
-    unable, able = Mdev("unable", mttys.unable()), Mdev("able", mttys.able())
+    unable, able = Device("unable", mttys.unable()), Device("able", mttys.able())
     async with nested(tmp_path, unable, able) as qemu:
         assert page_tables(qemu) == [False], "the able one was put on the unable one's page table"
         reasons = await qemu.blocked_reasons()
@@ -89,7 +89,7 @@ async def test_h1_an_able_device_after_an_unable_one_is_blocked_for_nothing(
 
 
 async def test_h1_is_closed_by_attaching_able_devices_first(mttys: Mttys, tmp_path: Path) -> None:
-    able, unable = Mdev("able", mttys.able()), Mdev("unable", mttys.unable())
+    able, unable = Device("able", mttys.able()), Device("unable", mttys.unable())
     async with nested(tmp_path, able, unable) as qemu:
         assert page_tables(qemu) == [True, False]
         reasons = await qemu.blocked_reasons()
@@ -99,8 +99,8 @@ async def test_h1_is_closed_by_attaching_able_devices_first(mttys: Mttys, tmp_pa
 async def test_h2_beside_an_able_device_the_log_of_an_unable_one_is_never_started(
     mttys: Mttys, tmp_path: Path
 ) -> None:
-    def pair() -> tuple[Mdev, Mdev]:
-        return Mdev("able", mttys.able()), Mdev("logs", mttys.unable(), properties=LOGS)
+    def pair() -> tuple[Device, Device]:
+        return Device("able", mttys.able()), Device("logs", mttys.unable(), properties=LOGS)
 
     async with (
         nested(tmp_path, *pair()) as source,
@@ -115,9 +115,9 @@ async def test_h2_beside_an_able_device_the_log_of_an_unable_one_is_never_starte
 
 
 async def test_h2_is_closed_by_an_iommufd_object_of_its_own(mttys: Mttys, tmp_path: Path) -> None:
-    def pair() -> tuple[Mdev, Mdev]:
-        own = Mdev("logs", mttys.unable(), iommufd="own", properties=LOGS)
-        return Mdev("able", mttys.able()), own
+    def pair() -> tuple[Device, Device]:
+        own = Device("logs", mttys.unable(), iommufd="own", properties=LOGS)
+        return Device("able", mttys.able()), own
 
     async with (
         nested(tmp_path, *pair()) as source,
@@ -132,8 +132,8 @@ async def test_h2_is_closed_by_an_iommufd_object_of_its_own(mttys: Mttys, tmp_pa
 async def test_h3_migration_forced_on_beside_an_able_device_leaves_an_unable_one_unwatched(
     mttys: Mttys, tmp_path: Path
 ) -> None:
-    def pair() -> tuple[Mdev, Mdev]:
-        return Mdev("able", mttys.able()), Mdev("forced", mttys.unable(), properties=FORCED)
+    def pair() -> tuple[Device, Device]:
+        return Device("able", mttys.able()), Device("forced", mttys.unable(), properties=FORCED)
 
     async with (
         nested(tmp_path, *pair()) as source,
@@ -149,8 +149,8 @@ async def test_h3_migration_forced_on_beside_an_able_device_leaves_an_unable_one
 async def test_h3_alone_in_its_object_all_memory_is_taken_for_dirty_instead(
     mttys: Mttys, tmp_path: Path
 ) -> None:
-    def alone() -> Mdev:
-        return Mdev("forced", mttys.unable(), properties=FORCED)
+    def alone() -> Device:
+        return Device("forced", mttys.unable(), properties=FORCED)
 
     async with (
         nested(tmp_path, alone()) as source,
@@ -164,9 +164,9 @@ async def test_h3_alone_in_its_object_all_memory_is_taken_for_dirty_instead(
 async def test_h4_after_the_able_device_was_unplugged_the_forced_one_is_still_not_watched(
     mttys: Mttys, tmp_path: Path
 ) -> None:
-    able = Mdev("able", mttys.able(), bus="port1")
-    forced = Mdev("forced", mttys.unable(), properties=FORCED, bus="port2")
-    twin = Mdev("forced", mttys.unable(), properties=FORCED, bus="port2")
+    able = Device("able", mttys.able(), bus="port1")
+    forced = Device("forced", mttys.unable(), properties=FORCED, bus="port2")
+    twin = Device("forced", mttys.unable(), properties=FORCED, bus="port2")
     async with (
         nested(tmp_path, later=(able, forced), arguments=PORTS) as source,
         nested(tmp_path, twin, name="destination", incoming=True, arguments=PORTS) as destination,
