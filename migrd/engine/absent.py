@@ -15,7 +15,8 @@ from migrd.core.facts import (
     TransferSettings,
     VmFacts,
 )
-from migrd.engine.ports import PortRange, TlsIdentity, TransferFeed
+from migrd.core.vfio_launch import VfioLaunchDevice
+from migrd.engine.ports import PluggedFds, PortRange, TlsIdentity, TransferFeed
 from migrd.errors import VmmDied, VmmUnreachable
 
 
@@ -110,6 +111,12 @@ class AbsentVmm:
         self._nothing_known()
 
     async def pause_guest(self) -> None:
+        self._nothing_known()
+
+    async def plug_device(self, device: VfioLaunchDevice, fds: PluggedFds) -> None:
+        self._nothing_known()
+
+    async def unplug_device(self, id: str, *, within_s: float) -> None:
         self._nothing_known()
 
     async def quit(self) -> None:

@@ -10,12 +10,14 @@ Rules every implementation keeps:
 - each call has a deadline of its own and raises the errors its docstring names, no others;
 - VmmTimedOut / PeerTimedOut say "not known whether it took effect", never "it did not";
 - VmmDied is raised only on proof (the process was seen to exit).
+
+Longer than other modules because whoever writes a fake or an adapter reads all of it at once.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from migrd.core.facts import (
@@ -29,6 +31,7 @@ from migrd.core.facts import (
 )
 from migrd.core.handover import DestinationEvent, DestinationPhase
 from migrd.core.migration import MigrationEvent, Request
+from migrd.core.vfio_launch import QemuVfioFeature, VfioLaunch, VfioLaunchDevice
 
 if TYPE_CHECKING:
     from migrd.engine.peer_service import HelloFacts
@@ -47,6 +50,29 @@ class TlsIdentity:
     """
 
     directory: str
+
+
+@dataclass(frozen=True)
+class PassedDevices:
+    """Passthrough devices for a new QEMU. The descriptors stay the caller's, who may close them as
+    soon as the call has ended: QEMU gets copies of its own."""
+
+    launch: VfioLaunch
+    iommufds: Sequence[int] = ()
+    """One open /dev/iommu for each of `launch.iommufds`, in their order."""
+    device_fds: Mapping[str, int] = field(default_factory=dict)
+    """Address -> open VFIO character device, for each device that is given by descriptor."""
+
+
+@dataclass(frozen=True)
+class PluggedFds:
+    """Descriptors for one device that is plugged into a running QEMU; the caller's, as above."""
+
+    device: int | None = None
+    """Open VFIO character device; None: QEMU opens it by its path in sysfs."""
+    iommufd: int | None = None
+    """Open /dev/iommu for a new iommufd object; None: the object that the device names is there,
+    or QEMU is to open /dev/iommu itself."""
 
 
 class TransferFeed(Protocol):
@@ -159,6 +185,17 @@ class Vmm(Protocol):
 
     async def pause_guest(self) -> None: ...
 
+    async def plug_device(self, device: VfioLaunchDevice, fds: PluggedFds) -> None:
+        """Add a passthrough device to the running machine; with `fds.iommufd`, its iommufd object
+        too. Nothing happens when it is there already. VmmRefused: QEMU did not take it, and
+        nothing of it is left. VmmTimedOut, VmmUnreachable: not known; say it again."""
+
+    async def unplug_device(self, id: str, *, within_s: float) -> None:
+        """Take a passthrough device (and its iommufd object, if nobody else uses it) out of the
+        machine, together with the guest, which has to let go of it. Nothing happens when it is not
+        there. VmmRefused: QEMU or the guest (`unplug_refused_by_guest`) keeps it. VmmTimedOut: the
+        guest has not let go within `within_s`, and still may; say it again to go on waiting."""
+
     async def quit(self) -> None:
         """End the process: QMP `quit`, then SIGKILL by pidfd; returns when it is proven dead.
         Raises VmmTimedOut when it could not be seen to exit."""
@@ -167,19 +204,31 @@ class Vmm(Protocol):
 class Launcher(Protocol):
     """Starts, finds and ends QEMU processes on this host."""
 
-    def check(self, spec: VmSpec) -> str:
+    def check(self, spec: VmSpec, devices: VfioLaunch | None = None) -> str:
         """Digest of what a guest can see of this profile with these parameters (machine, memory,
-        devices). Blocking: files are looked at. Raises Invalid naming each parameter that is
-        wrong, NotFound for the profile."""
+        devices; of passthrough ones their ids, order and visible properties, not where they are).
+        Blocking: files are looked at. Raises Invalid naming each parameter that is wrong and each
+        device that the profile does not allow, NotFound for the profile."""
 
     async def probe(self, spec: VmSpec) -> tuple[str, frozenset[Feature]]:
         """(version for people, features) of the QEMU that the profile names; asked of a process
         without a machine, remembered until the binary changes. Raises as `check`, VmmError."""
 
+    async def vfio_features(self, spec: VmSpec) -> frozenset[QemuVfioFeature]:
+        """What the QEMU that the profile names offers for passthrough; found as by `probe`, of the
+        same process. Raises as `probe`."""
+
     async def versions(self) -> Mapping[str, str | None]:
         """QEMU's version for each profile, for people; None where it cannot be asked."""
 
-    async def launch(self, spec: VmSpec, instance: str, *, incoming: bool) -> Vmm:
+    async def launch(
+        self,
+        spec: VmSpec,
+        instance: str,
+        *,
+        incoming: bool,
+        devices: PassedDevices | None = None,
+    ) -> Vmm:
         """Start a QEMU, detached so that it outlives this daemon; `incoming` waits for a guest
         (`-S -incoming defer`). Raises VmmDied with QEMU's own words when it does not start."""
 
@@ -192,6 +241,14 @@ class Launcher(Protocol):
 
     def spec_of(self, vmm: Vmm) -> VmSpec:
         """What it was launched from; for an adopted one its name alone."""
+
+    def devices_of(self, vmm: Vmm) -> VfioLaunch | None:
+        """The passthrough devices it was launched with, or that were noted since; None: none, or
+        not known (adopted)."""
+
+    async def note_devices(self, vmm: Vmm, devices: VfioLaunch) -> None:
+        """Keep, also for the next daemon, that these are its devices now (after a plug or unplug).
+        Raises Unavailable when it cannot be written."""
 
     def serial_path(self, vmm: Vmm) -> str | None:
         """Where the guest's serial output goes, if the profile has any."""

@@ -1,9 +1,10 @@
 """What a guest can see of its launch, as one number that two hosts can compare.
 
 Left out, because hosts may differ in it and no guest can tell: the QEMU binary, back ends (the
-other ends of network, character and block devices, displays), where files lie. Kept: machine,
-accelerator, CPU, memory, the order and properties of devices, ids (migration matches memory by
-them), and the contents of firmware, which are copied into the guest's memory at start.
+other ends of network, character and block devices, displays), where files lie, and the addresses of
+passthrough devices. Kept: machine, accelerator, CPU, memory, the order and properties of devices,
+ids (migration matches memory and devices by them), and the contents of firmware, which are copied
+into the guest's memory at start.
 
 Two equal digests are no proof that a guest can move, two different ones are the proof that it is
 launched differently: preflight refuses on that.
@@ -17,8 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from migrd.core.vfio_launch import VfioLaunchDevice
 from migrd.errors import Invalid, Violation
 from migrd.qemu.command_line import FIRMWARE, Argument, Placeholder
+from migrd.qemu.passthrough import DRIVER
 
 BACK_ENDS: Final = frozenset(
     (
@@ -30,6 +33,13 @@ BACK_ENDS: Final = frozenset(
 )
 BY_PRESENCE: Final = frozenset(("serial", "parallel", "debugcon"))
 """The guest sees the port, and not what is behind it."""
+OF_THE_HOST: Final = frozenset(
+    (
+        *("enable-migration", "migration-events", "x-migration-multifd-transfer"),
+        *("x-pre-copy-dirty-page-tracking", "x-device-dirty-page-tracking"),
+    )
+)
+"""Properties of a passthrough device that only say how QEMU treats it."""
 _CHUNK_BYTES: Final = 1 << 20
 _VERSION: Final = 1
 
@@ -54,6 +64,19 @@ def launch_digest(
             seen.append(_seen(part, visible))
     text = json.dumps({"version": _VERSION, **machine, "arguments": seen}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def visible_device(device: VfioLaunchDevice) -> Mapping[str, object]:
+    """Of a passthrough device: which of the host's it is, how QEMU gets at it and in which iommufd
+    object it is are not seen. Its order is, where QEMU chooses the guest's slot for it."""
+    properties = {k: v for k, v in device.properties.items() if k not in OF_THE_HOST}
+    return {
+        "kind": DRIVER,
+        "id": device.id,
+        "bus": device.guest_bus,
+        "addr": device.guest_address,
+        "properties": properties,
+    }
 
 
 def _seen(argument: Argument, visible: Callable[[Argument, Placeholder], str]) -> str:

@@ -9,8 +9,10 @@
   its numbers only; the status stays the event's, and the question is asked again at once.
 - A MIGRATION_PASS (one dirty sync) wakes the poll, so that each round is seen right after its sync;
   passes that follow each other faster than a reply travels show as a jump of the count.
-- STOP and the statuses of a switchover wake nothing: the event says all that matters, the guest
-  stands still, and the answer would be formed with the lock that QEMU's own switchover needs.
+- VFIO_MIGRATION tells the state of one passthrough device; every change is a sample of its own.
+- STOP, device states and the statuses of a switchover wake nothing: the event says all that
+  matters, the guest stands still, and the answer would be formed with the lock that QEMU's own
+  switchover needs.
 - A slow reader loses no status and no round: only samples between the first and the last of the
   same status and round are dropped.
 - While the monitor is blocked or gone there are no samples, and that says nothing at all about the
@@ -27,6 +29,7 @@ from dataclasses import replace
 
 from migrd.core.facts import QemuStatus, RunState, TransferSample
 from migrd.errors import VmmDied, VmmError, VmmUnreachable
+from migrd.qemu.passthrough import with_device_state
 from migrd.qemu.wire import QmpEvent
 
 PACE_S = 0.1
@@ -101,6 +104,10 @@ class QemuFeed:
             self._publish(_run_change(last, event))
             if event.name == "STOP":
                 return
+        elif event.name == "VFIO_MIGRATION":
+            states = with_device_state(last.device_states, event.data)
+            self._publish(replace(last, at_s=event.received_s, device_states=states))
+            return
         elif event.name not in {"MIGRATION_PASS", "SHUTDOWN", "GUEST_PANICKED", "SUSPEND"}:
             return
         self._kicked.set()
@@ -188,6 +195,8 @@ def _key(sample: TransferSample) -> tuple[object, ...]:
         sample.qemu_dirty_sync_count,
         sample.stopped_at_s,
         sample.resumed_at_s,
+        sample.device_states,
+        sample.reset_devices,
     )
 
 

@@ -27,12 +27,14 @@ import fcntl
 import json
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Self
 
 from migrd.core.facts import VmSpec
-from migrd.errors import VmmUnreachable
+from migrd.errors import Unavailable, VmmUnreachable
+from migrd.qemu.device_record import devices_as_json, devices_of_json
+from migrd.qemu.passthrough import KnownDevices
 from migrd.qemu.process import Life, ProcessIdentity, identify_listener, look_up
 
 SUN_PATH_BYTES: Final = 107
@@ -122,6 +124,10 @@ class LaunchRecord:
     digest: str
     has_serial: bool
     requested_wall_s: float
+    devices: KnownDevices = field(default_factory=KnownDevices)
+    """Its passthrough devices."""
+    locked_bytes: int = 0
+    """How much memory they may have it lock."""
     identity: ProcessIdentity | None = None
     """None: written before the start, and never completed."""
 
@@ -141,6 +147,8 @@ class LaunchRecord:
             "digest": self.digest,
             "serial": self.has_serial,
             "requested_wall_s": self.requested_wall_s,
+            "devices": devices_as_json(self.devices),
+            "locked_bytes": self.locked_bytes,
             "process": None if self.identity is None else self.identity.as_json(),
         }
         aside = instance.record_path.with_suffix(".new")
@@ -163,10 +171,23 @@ class LaunchRecord:
                 digest=str(fields["digest"]),
                 has_serial=bool(fields["serial"]),
                 requested_wall_s=float(fields["requested_wall_s"]),
+                devices=devices_of_json(fields.get("devices")),
+                locked_bytes=int(fields.get("locked_bytes", 0)),
                 identity=ProcessIdentity.of_json(fields["process"]),
             )
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
+
+
+def rewrite_devices(instance: Instance, devices: KnownDevices) -> None:
+    """Keep that these are its passthrough devices now. Blocking. Raises Unavailable."""
+    record = LaunchRecord.read(instance)
+    try:
+        if record is not None:
+            replace(record, devices=devices).write(instance)
+    except OSError as failure:
+        text = f"{instance.record_path}: {failure.strerror}: the devices of {instance.vm} not noted"
+        raise Unavailable(text, code="devices_not_noted") from failure
 
 
 def open_locked_log(instance: Instance) -> int:

@@ -22,26 +22,42 @@ from pathlib import Path
 from typing import Final
 
 from migrd.core.facts import Feature, VmSpec
-from migrd.engine.ports import Vmm
+from migrd.core.vfio_launch import QemuVfioFeature, VfioLaunch
+from migrd.engine.ports import PassedDevices, Vmm
 from migrd.engine.threads import in_thread
 from migrd.errors import (
     ConfigError,
     Conflict,
-    Invalid,
     MigrdError,
-    Violation,
     VmmError,
 )
 from migrd.qemu.adoption import VM_NAME, AdoptDirectory, Adopted
-from migrd.qemu.instances import SUN_PATH_BYTES, Found, Instance, LaunchRecord, examine
+from migrd.qemu.inheriting import inheritable, refuse_lacking
+from migrd.qemu.instances import (
+    SUN_PATH_BYTES,
+    Found,
+    Instance,
+    LaunchRecord,
+    examine,
+    rewrite_devices,
+)
 from migrd.qemu.machine import Machine
+from migrd.qemu.passthrough import KnownDevices
 from migrd.qemu.probe import Probed, Prober
 from migrd.qemu.process import Attachment, Life, WatchedProcess
 from migrd.qemu.profile import Resolved
 from migrd.qemu.profile_files import Profiles
 from migrd.qemu.qmp import DEFAULT_DEADLINE_S, CallObserver
-from migrd.qemu.spawn import Child, spawn
-from migrd.qemu.starting import Known, command_line, end_failed, to_the_end, verify_started
+from migrd.qemu.spawn import Child, Inheritance, spawn
+from migrd.qemu.starting import (
+    Known,
+    Start,
+    command_line,
+    end_failed,
+    refuse_bad_names,
+    to_the_end,
+    verify_started,
+)
 
 START_DEADLINE_S: Final = 30.0
 """Memory that is allocated beforehand (huge pages) takes its time."""
@@ -76,6 +92,8 @@ class QemuLauncher:
         self._observe = observe
         self._known: dict[tuple[str, str], Known] = {}
         self._launching: set[tuple[str, str]] = set()
+        self._locked_bytes: dict[tuple[str, str], int] = {}
+        """How much memory the QEMUs here may have to lock for their devices."""
         self._finding = asyncio.Lock()
         self._prober = Prober()
         room = Instance(runtime_dir, "", "i" * INSTANCE_CHARS).spare_bytes
@@ -88,14 +106,20 @@ class QemuLauncher:
 
     # Before
 
-    def check(self, spec: VmSpec) -> str:
+    def check(self, spec: VmSpec, devices: VfioLaunch | None = None) -> str:
         """Blocking (looks at files; shared storage may hang): call it by `in_thread`."""
-        return self._resolve(spec).digest()
+        return self._resolve(spec, devices=devices).digest(devices)
 
     async def probe(self, spec: VmSpec) -> tuple[str, frozenset[Feature]]:
-        profile = (await in_thread(self._resolve, spec)).profile
-        probed = await self._prober.ask(profile.binary, profile.accelerator, profile.environment)
+        probed = await self._probe(spec)
         return probed.version, probed.features
+
+    async def vfio_features(self, spec: VmSpec) -> frozenset[QemuVfioFeature]:
+        return (await self._probe(spec)).vfio_features
+
+    async def _probe(self, spec: VmSpec) -> Probed:
+        profile = (await in_thread(self._resolve, spec)).profile
+        return await self._prober.ask(profile.binary, profile.accelerator, profile.environment)
 
     async def versions(self) -> Mapping[str, str | None]:
         """QEMU's version for each profile, for people; None where it cannot be asked."""
@@ -109,28 +133,29 @@ class QemuLauncher:
                 versions[name] = asked.version
         return versions
 
-    def _resolve(self, spec: VmSpec, instance: str = "i" * INSTANCE_CHARS) -> Resolved:
+    def _resolve(
+        self,
+        spec: VmSpec,
+        instance: str = "i" * INSTANCE_CHARS,
+        devices: VfioLaunch | None = None,
+    ) -> Resolved:
         """Raises Invalid, NotFound."""
-        at = Instance(self._runtime_dir, spec.name, instance)
-        if not VM_NAME.fullmatch(spec.name):
-            text = f"{spec.name!r} is no name for a VM: letters, digits and . _ - inside"
-            raise Invalid(text, [Violation("name", "bad_name", text)])
-        if not VM_NAME.fullmatch(instance):
-            text = f"{instance!r} is no name for an instance: letters, digits and . _ - inside"
-            raise Invalid(text, [Violation("instance", "bad_name", text)])
-        if at.spare_bytes < 0:
-            text = (
-                f"{spec.name!r} is {-at.spare_bytes} characters too long for the path of a socket "
-                f"below {self._runtime_dir}; shorten it, or host.runtime_dir"
-            )
-            raise Invalid(text, [Violation("name", "name_too_long", text)])
-        return self.profiles.resolve(spec)
+        refuse_bad_names(Instance(self._runtime_dir, spec.name, instance))
+        return self.profiles.resolve(spec, devices)
 
     # Launching
 
-    async def launch(self, spec: VmSpec, instance: str, *, incoming: bool) -> Vmm:
+    async def launch(
+        self,
+        spec: VmSpec,
+        instance: str,
+        *,
+        incoming: bool,
+        devices: PassedDevices | None = None,
+    ) -> Vmm:
         """As the port says. Also raises Invalid, NotFound (as `check`); Conflict when the instance
-        exists; VmmTimedOut when a QEMU that did not answer could not be seen to end either."""
+        exists; VmmTimedOut when a QEMU that did not answer could not be seen to end either;
+        VmmRefused when it does not offer what the devices need, and nothing was started."""
         key = (spec.name, instance)
         if key in self._launching or key in self._known:
             raise Conflict(f"{spec.name} has an instance {instance}", code="instance_exists")
@@ -140,14 +165,17 @@ class QemuLauncher:
         started: list[Child] = []
         known: Known | None = None
         try:
-            record, probed = await in_thread(self._spawn, spec, at, incoming, started)
-            known = self._hold(
-                at, spec, started.pop(), has_serial=record.has_serial, expected=probed
-            )
+            with inheritable(devices) as inherited:
+                if inherited.launch.devices:
+                    refuse_lacking(inherited.launch, await self._probe(spec))
+                start = Start(spec, at, incoming, inherited)
+                record, probed = await in_thread(self._spawn, start, started)
+            known = self._hold(at, spec, started.pop(), record, probed)
             limit_s = self._start_deadline_s
             await verify_started(known, at, incoming=incoming, within_s=limit_s)
             self._known[key] = known  # before it is no longer `launching`: `find` looks in a thread
         except BaseException as cause:
+            self._locked_bytes.pop(key, None)
             if started:  # cancelled meanwhile, or its identity could not be noted
                 known = self._hold(at, spec, started.pop())
             if known is None:
@@ -163,21 +191,27 @@ class QemuLauncher:
         log.info("%s: QEMU is pid %s, %s, in %.0f ms", spec.name, known.process.pid, how, took_ms)
         return known.machine
 
-    def _spawn(
-        self, spec: VmSpec, at: Instance, incoming: bool, started: list[Child]
-    ) -> tuple[LaunchRecord, Probed | None]:
-        resolved = self._resolve(spec, at.name)
+    def _spawn(self, start: Start, started: list[Child]) -> tuple[LaunchRecord, Probed | None]:
+        inherited, at = start.inherited, start.at
+        resolved = self._resolve(start.spec, at.name, inherited.launch)
+        own_bytes = inherited.locked_bytes(resolved.memory_kib * 1024)
+        more = inherited.arguments()
         record = LaunchRecord(
-            spec=spec,
+            spec=start.spec,
             instance=at.name,
-            incoming=incoming,
-            argv=tuple(command_line(resolved, at, incoming=incoming)),
-            digest=resolved.digest(),
+            incoming=start.incoming,
+            argv=tuple(command_line(resolved, at, incoming=start.incoming, devices=more)),
+            digest=resolved.digest(inherited.launch),
             has_serial=resolved.profile.serial,
             requested_wall_s=time.time(),
+            devices=inherited.known_devices,
+            locked_bytes=own_bytes,
         )
         probed = self._prober.recall(resolved.profile.binary)
-        spawn(at, record, resolved.profile.environment, started)
+        self._locked_bytes[at.vm, at.name] = own_bytes
+        limit_bytes = sum(self._locked_bytes.copy().values()) if own_bytes else 0
+        given = Inheritance(resolved.profile.environment, inherited.fds, limit_bytes)
+        spawn(at, record, given, started)
         return record, probed
 
     def _hold(
@@ -185,20 +219,39 @@ class QemuLauncher:
         at: Instance,
         spec: VmSpec,
         child: Child,
-        *,
-        has_serial: bool = False,
+        record: LaunchRecord | None = None,
         expected: Probed | None = None,
     ) -> Known:
         process = WatchedProcess(child.identity, Life.ALIVE, child.pidfd, is_ours=True)
-        attachment = Attachment(at.vm, at.name, at.qmp_path, at.oob_path, process)
-        return Known(self._machine(attachment, expected), process, spec, at, has_serial)
+        return self._known_of(at, spec, process, record, expected)
 
-    def _machine(self, attachment: Attachment, expected: Probed | None = None) -> Machine:
+    def _known_of(
+        self,
+        at: Instance,
+        spec: VmSpec,
+        process: WatchedProcess,
+        record: LaunchRecord | None,
+        expected: Probed | None = None,
+    ) -> Known:
+        attachment = Attachment(at.vm, at.name, at.qmp_path, at.oob_path, process)
+        if record is None:
+            return Known(self._machine(attachment), process, spec, at)
+        machine = self._machine(attachment, expected, record.devices)
+        self._locked_bytes[at.vm, at.name] = record.locked_bytes
+        return Known(machine, process, spec, at, record.has_serial)
+
+    def _machine(
+        self,
+        attachment: Attachment,
+        expected: Probed | None = None,
+        devices: KnownDevices | None = None,
+    ) -> Machine:
         return Machine(
             attachment,
             call_deadline_s=self._call_deadline_s,
             observe=self._observe,
             expected=expected,
+            devices=devices,
         )
 
     # Finding
@@ -241,11 +294,8 @@ class QemuLauncher:
             text = "%s: no launch.json that can be read, its process is %s%s"
             log.warning(text, at.directory, found.life.value, cure)
         process = WatchedProcess(found.identity, found.life, found.pidfd, is_ours=True)
-        attachment = Attachment(at.vm, at.name, at.qmp_path, at.oob_path, process)
         spec = record.spec if record is not None else VmSpec(at.vm, None)
-        known = Known(
-            self._machine(attachment), process, spec, at, record is not None and record.has_serial
-        )
+        known = self._known_of(at, spec, process, record)
         self._known[at.vm, at.name] = known
         return known
 
@@ -287,6 +337,19 @@ class QemuLauncher:
         known = self._known.get((vmm.vm, vmm.instance))
         return known.spec if known is not None else VmSpec(vmm.vm, None)
 
+    def devices_of(self, vmm: Vmm) -> VfioLaunch | None:
+        known = self._known.get((vmm.vm, vmm.instance))
+        launch = known.machine.devices.launch if known is not None else None
+        return launch if launch is not None and launch.devices else None
+
+    async def note_devices(self, vmm: Vmm, devices: VfioLaunch) -> None:
+        known = self._known.get((vmm.vm, vmm.instance))
+        if known is None:
+            return
+        known.machine.devices.launch = devices
+        if known.at is not None:
+            await in_thread(rewrite_devices, known.at, known.machine.devices)
+
     def serial_path(self, vmm: Vmm) -> str | None:
         known = self._known.get((vmm.vm, vmm.instance))
         if known is None or known.at is None or not known.has_serial:
@@ -316,6 +379,7 @@ class QemuLauncher:
             elif self._adopt is not None:
                 self._adopt.forget(vmm.vm)
             del self._known[key]
+            self._locked_bytes.pop(key, None)
 
     async def close(self) -> None:
         """Disconnect from all; the QEMUs go on, and the next daemon finds them."""

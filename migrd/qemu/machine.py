@@ -28,30 +28,35 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
-from typing import Any, Final
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, Final, TypeVar
 
 from migrd.core.facts import (
     Feature,
-    QemuStatus,
     RunState,
     TransferAddress,
     TransferSample,
     TransferSettings,
     VmFacts,
 )
-from migrd.engine.ports import PortRange, TlsIdentity
-from migrd.errors import VmmDied, VmmError, VmmRefused, VmmTimedOut, VmmUnreachable
+from migrd.core.vfio_launch import VfioLaunchDevice
+from migrd.engine.ports import PluggedFds, PortRange, TlsIdentity
+from migrd.errors import VmmDied, VmmError, VmmTimedOut, VmmUnreachable
 from migrd.qemu import migration, samples
 from migrd.qemu.calls import CallObserver
+from migrd.qemu.device_facts import ask_devices
 from migrd.qemu.feed import QemuFeed
 from migrd.qemu.monitor import Monitor
 from migrd.qemu.offer import Offer
-from migrd.qemu.preparation import prepare, take_back
+from migrd.qemu.passthrough import KnownDevices
+from migrd.qemu.plug import Lane
+from migrd.qemu.plugging import Plugging
+from migrd.qemu.preparation import listening_port, prepare, prepare_to_listen, take_back
 from migrd.qemu.probe import Probed
 from migrd.qemu.process import Attachment
 from migrd.qemu.qmp import DEFAULT_DEADLINE_S
 from migrd.qemu.schema import QmpSchema
+from migrd.qemu.seen import Seen
 from migrd.qemu.wire import Arguments, CommandRefused, QmpEvent, json_object
 
 RUN_STATE_DEADLINE_S: Final = 10.0
@@ -65,9 +70,9 @@ UNANSWERED_LIMIT: Final = 3
 """So many commands without an answer mean that the monitor is blocked."""
 SETTLED_S: Final = 0.3
 """Nothing has moved for so long: a `yank` finds no thread in between (none hung in 50 tries)."""
-_BEFORE_THE_END: Final = (QemuStatus.NONE, QemuStatus.SETUP, QemuStatus.ACTIVE)
-"""Of a destination. 7.2 says nothing at all while it listens, later ones say `setup`."""
 YANK_MIGRATION: Final[Arguments] = {"instances": [{"type": "migration"}]}
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +90,9 @@ class Machine:
         call_deadline_s: float = DEFAULT_DEADLINE_S,
         observe: CallObserver | None = None,
         expected: Probed | None = None,
+        devices: KnownDevices | None = None,
     ) -> None:
-        """`expected`: what its binary has been found to offer."""
+        """`expected`: what its binary has been found to offer; `devices`: what it was given."""
         self._vm = attachment.vm
         self._instance = attachment.instance
         self._process = attachment.process
@@ -96,10 +102,10 @@ class Machine:
         self.oob = Monitor(oob_path, observe=observe) if oob_path is not None else None
         self._offer = Offer(self.monitor, expected)
         self._feeds: set[QemuFeed] = set()
-        self._moved_at_s = 0.0
-        self._stopped_at_s: float | None = None
-        self._resumed_at_s: float | None = None
-        self._shut_itself_down = False
+        self._seen = Seen()
+        self.devices = devices if devices is not None else KnownDevices()
+        lane = Lane(self._ask, self._send_fd, self.monitor.subscribe)
+        self._plugging = Plugging(lane, self._process, self.devices, self._seen)
 
     # Life
 
@@ -158,6 +164,8 @@ class Machine:
         )
         memory_bytes = samples.read_memory_bytes(memory)
         is_sound = Feature.TCG_KEEPS_DIRTY_PAGES in schema.features
+        ids, reasons = samples.read_passthrough(*peripherals), samples.read_blocked_reasons(migrate)
+        devices = await ask_devices(self._ask, ids, self.devices, self._seen, reasons)
         return VmFacts(
             vm=self._vm,
             run_state=RunState.of(json_object(status).get("status")),
@@ -166,8 +174,9 @@ class Machine:
             machine_type=kind,
             memory_bytes=memory_bytes,
             features=self._usable(schema.features),
-            passthrough_devices=samples.read_passthrough(*peripherals),
-            blocked_reasons=samples.read_blocked_reasons(migrate),
+            passthrough_devices=ids,
+            devices=devices,
+            blocked_reasons=reasons,
             may_lose_dirty_pages=samples.loses_dirty_pages(kvm, memory_bytes, is_sound=is_sound),
             pid=self.pid,
         )
@@ -181,13 +190,18 @@ class Machine:
 
     async def sample(self) -> TransferSample:
         migrate, status = await self._ask_all(("query-migrate", None), ("query-status", None))
-        return samples.read_sample(
+        seen = self._seen
+        sample = samples.read_sample(
             migrate,
             status,
             at_s=time.monotonic(),
-            stopped_at_s=self._stopped_at_s,
-            resumed_at_s=self._resumed_at_s,
+            stopped_at_s=seen.stopped_at_s,
+            resumed_at_s=seen.resumed_at_s,
+            device_states=seen.device_states,
+            own_names=self.devices.names,
         )
+        seen.note_reset(sample.reset_devices)
+        return sample
 
     @contextlib.asynccontextmanager
     async def feed(self) -> AsyncIterator[QemuFeed]:
@@ -210,7 +224,7 @@ class Machine:
 
     async def start_outgoing(self, address: TransferAddress) -> None:
         uri = migration.tcp_uri(address)
-        self._stopped_at_s = self._resumed_at_s = None  # from here: of this migration
+        self._seen.begin_migration()
         await self._ask("migrate", {"uri": uri}, deadline_s=2 * self._call_deadline_s)
 
     async def clean_outgoing(self) -> None:
@@ -223,18 +237,8 @@ class Machine:
         listen_host: str,
         ports: PortRange | None = None,
     ) -> TransferAddress:
-        migrate = await self._ask("query-migrate")
-        has_had_its_one = samples.read_status(migrate) not in _BEFORE_THE_END
-        port = None if has_had_its_one else samples.read_port(migrate)
-        if port is None:  # else an earlier call has done it, and its answer was lost
-            schema = await self.schema()
-            await prepare(self._ask, schema, settings, tls, is_outgoing=False)
-            uri = migration.listen_uri(listen_host, ports)
-            arguments: dict[str, object] = {"uri": uri}
-            if Feature.INCOMING_EXIT_ON_ERROR in schema.features:
-                arguments["exit-on-error"] = False  # stay, and say why it failed
-            listening = self._ask("migrate-incoming", arguments), self._listening_port()
-            port = (await asyncio.gather(*listening))[1]
+        schema = await self.schema()
+        port = await prepare_to_listen(self._ask, schema, settings, tls, listen_host, ports)
         return TransferAddress(listen_host, port)
 
     async def set_limits(
@@ -273,7 +277,7 @@ class Machine:
         await self._ask("migrate_cancel")
 
     async def free_stalled(self) -> None:
-        await asyncio.sleep(self._moved_at_s + SETTLED_S - time.monotonic())  # 0 when long ago
+        await asyncio.sleep(self._seen.moved_at_s + SETTLED_S - time.monotonic())  # 0 when long ago
         try:
             await self._ask_oob("yank", YANK_MIGRATION)
         except CommandRefused as refusal:
@@ -289,7 +293,7 @@ class Machine:
     ) -> TransferAddress:
         uri = migration.listen_uri(listen_host, ports)
         await self._ask_oob("migrate-recover", {"uri": uri})
-        return TransferAddress(listen_host, await self._listening_port())
+        return TransferAddress(listen_host, await listening_port(self._ask))
 
     async def resume_postcopy(self, address: TransferAddress) -> None:
         arguments = {"uri": migration.tcp_uri(address), "resume": True}
@@ -302,6 +306,12 @@ class Machine:
 
     async def pause_guest(self) -> None:
         await self._ask("stop", deadline_s=RUN_STATE_DEADLINE_S)
+
+    async def plug_device(self, device: VfioLaunchDevice, fds: PluggedFds) -> None:
+        await self._plugging.plug(device, fds)
+
+    async def unplug_device(self, id: str, *, within_s: float) -> None:
+        await self._plugging.unplug(id, within_s=within_s)
 
     async def quit(self) -> None:
         if self.monitor.is_connected:
@@ -320,11 +330,7 @@ class Machine:
         self, command: str, arguments: Arguments | None = None, *, deadline_s: float | None = None
     ) -> Any:
         limit_s = self._call_deadline_s if deadline_s is None else deadline_s
-        try:
-            return await self.monitor.execute(command, arguments, deadline_s=limit_s)
-        except (VmmUnreachable, VmmTimedOut) as failure:
-            await self._raise_if_dead(failure)
-            raise
+        return await self._heard(self.monitor.execute(command, arguments, deadline_s=limit_s))
 
     async def _ask_kvm(self) -> Any:
         try:
@@ -333,17 +339,22 @@ class Machine:
             return {"enabled": False}  # built without KVM
 
     async def _ask_all(self, *questions: tuple[str, Arguments | None]) -> list[Any]:
-        try:
-            return await self.monitor.execute_all(*questions, deadline_s=self._call_deadline_s)
-        except (VmmUnreachable, VmmTimedOut) as failure:
-            await self._raise_if_dead(failure)
-            raise
+        limit_s = self._call_deadline_s
+        return await self._heard(self.monitor.execute_all(*questions, deadline_s=limit_s))
 
     async def _ask_oob(self, command: str, arguments: Arguments | None = None) -> Any:
         has_lane = self.oob is not None and self.oob.is_connected and self.oob.has_oob
         lane = self.oob if self.oob is not None and has_lane else self.monitor
+        limit_s = self._call_deadline_s
+        return await self._heard(lane.execute_oob(command, arguments, deadline_s=limit_s))
+
+    async def _send_fd(self, name: str, fd: int) -> None:
+        await self._heard(self.monitor.send_fd(name, fd, deadline_s=self._call_deadline_s))
+
+    async def _heard(self, answer: Awaitable[T]) -> T:
+        """Raises VmmDied instead where that is why no answer came."""
         try:
-            return await lane.execute_oob(command, arguments, deadline_s=self._call_deadline_s)
+            return await answer
         except (VmmUnreachable, VmmTimedOut) as failure:
             await self._raise_if_dead(failure)
             raise
@@ -356,12 +367,6 @@ class Machine:
             raise VmmTimedOut(text)
         return await self.sample()
 
-    async def _listening_port(self) -> int:
-        port = samples.read_port(await self._ask("query-migrate"))
-        if port is None:
-            raise VmmRefused(f"QEMU of {self._vm} does not say where it listens", code="no_port")
-        return port
-
     def _usable(self, offered: frozenset[Feature]) -> frozenset[Feature]:
         """Without an out-of-band lane `yank` cannot be used when it is needed."""
         lanes = [self.monitor] if self.oob is None else [self.monitor, self.oob]
@@ -369,14 +374,7 @@ class Machine:
         return offered if has_lane else offered - {Feature.OOB, Feature.YANK}
 
     def _take_event(self, event: QmpEvent) -> None:
-        if event.name in {"MIGRATION", "MIGRATION_PASS"}:
-            self._moved_at_s = event.received_s
-        elif event.name == "STOP":
-            self._stopped_at_s = event.received_s
-        elif event.name == "SHUTDOWN" and event.data.get("guest") is True:
-            self._shut_itself_down = True
-        elif event.name == "RESUME":
-            self._resumed_at_s = event.received_s
+        self._seen.take(event)
         for feed in self._feeds:
             feed.take_event(event)
 
@@ -392,7 +390,7 @@ class Machine:
         raise self._death()
 
     def _death(self) -> VmmDied:
-        if self._shut_itself_down:
+        if self._seen.shut_itself_down:
             return VmmDied(
                 f"the guest of {self._vm} shut itself down, and its QEMU ended (pid {self.pid})",
                 code="guest_shut_down",

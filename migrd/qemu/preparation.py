@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
-from migrd.core.facts import TransferSettings
-from migrd.engine.ports import TlsIdentity
+from migrd.core.facts import Feature, QemuStatus, TransferSettings
+from migrd.engine.ports import PortRange, TlsIdentity
 from migrd.errors import VmmRefused
-from migrd.qemu import migration
+from migrd.qemu import migration, samples
 from migrd.qemu.schema import QmpSchema
 from migrd.qemu.wire import Arguments, CommandRefused
 
@@ -44,6 +44,8 @@ OUR_OBJECTS: Final = (migration.TLS_ID, migration.AUTHZ_ID)
 
 
 OBJECT_DEADLINE_S: Final = 30.0
+_BEFORE_THE_END: Final = (QemuStatus.NONE, QemuStatus.SETUP, QemuStatus.ACTIVE)
+"""Of a destination. 7.2 says nothing at all while it listens, later ones say `setup`."""
 
 
 class Ask(Protocol):
@@ -80,6 +82,39 @@ async def prepare(
     chosen = migration.parameters(schema, settings, is_outgoing=is_outgoing)
     commands.append(("migrate-set-parameters", chosen))
     await _ask_in_order(ask, commands, deadline_s=OBJECT_DEADLINE_S if settings.tls else None)
+
+
+async def prepare_to_listen(
+    ask: Ask,
+    schema: QmpSchema,
+    settings: TransferSettings,
+    tls: TlsIdentity | None,
+    listen_host: str,
+    ports: PortRange | None,
+) -> int:
+    """`prepare` a destination and let it listen; the port. May be repeated.
+
+    Raises as `prepare`; VmmRefused (`no_port`) when it does not say where it listens.
+    """
+    migrate = await ask("query-migrate")
+    has_had_its_one = samples.read_status(migrate) not in _BEFORE_THE_END
+    port = None if has_had_its_one else samples.read_port(migrate)
+    if port is not None:
+        return port  # an earlier call has done it, and its answer was lost
+    await prepare(ask, schema, settings, tls, is_outgoing=False)
+    arguments: dict[str, object] = {"uri": migration.listen_uri(listen_host, ports)}
+    if Feature.INCOMING_EXIT_ON_ERROR in schema.features:
+        arguments["exit-on-error"] = False  # stay, and say why it failed
+    _, chosen = await asyncio.gather(ask("migrate-incoming", arguments), listening_port(ask))
+    return chosen
+
+
+async def listening_port(ask: Ask) -> int:
+    """Raises VmmRefused (`no_port`)."""
+    port = samples.read_port(await ask("query-migrate"))
+    if port is None:
+        raise VmmRefused("QEMU does not say where it listens", code="no_port")
+    return port
 
 
 async def take_back(ask: Ask, schema: QmpSchema) -> None:

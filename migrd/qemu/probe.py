@@ -1,7 +1,12 @@
 """What a QEMU binary offers, asked of a process that has no machine and lives for a moment.
 
-    qemu -machine none -qmp stdio  ◄── qmp_capabilities, query-qmp-schema, quit
+    qemu -machine none -qmp stdio  ◄── qmp_capabilities, query-qmp-schema, properties, quit
                                    ──► greeting (version), schema (features), the end
+
+What it offers for passthrough is read from the properties of `vfio-pci` and of the object type
+`iommufd`; a QEMU without the type refuses the question.
+
+Trap: qom-list-types loads every module there is, and one of another build ends the process.
 
 A binary is asked once, and again when the file has changed. A wrapper script hides a change behind
 it until the daemon restarts.
@@ -12,21 +17,34 @@ import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final
 
 import orjson
 
 from migrd.core.facts import Feature
+from migrd.core.vfio_launch import QemuVfioFeature
 from migrd.engine.threads import in_thread
 from migrd.errors import VmmDied, VmmTimedOut
+from migrd.qemu.passthrough import DRIVER, IOMMUFD, read_properties, vfio_features
 from migrd.qemu.samples import read_version
 from migrd.qemu.schema import QmpSchema, read_schema
 from migrd.qemu.wire import json_object
 
 PROBE_DEADLINE_S: Final = 10.0
+_DEVICE, _IOMMUFD = f"properties of {DRIVER}", f"properties of {IOMMUFD}"
+_ASKED: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType(
+    {
+        "qmp_capabilities": {"execute": "qmp_capabilities"},
+        "schema": {"execute": "query-qmp-schema"},
+        _DEVICE: {"execute": "qom-list-properties", "arguments": {"typename": DRIVER}},
+        _IOMMUFD: {"execute": "qom-list-properties", "arguments": {"typename": IOMMUFD}},
+        "quit": {"execute": "quit"},
+    }
+)
+"""By the id that the answer carries."""
 _QUESTIONS: Final = b"".join(
-    orjson.dumps({"execute": command, "id": command}) + b"\n"
-    for command in ("qmp_capabilities", "query-qmp-schema", "quit")
+    orjson.dumps({**question, "id": id_}) + b"\n" for id_, question in _ASKED.items()
 )
 
 Signature = tuple[int, int, int, int]
@@ -41,6 +59,7 @@ class Probed:
     schema: QmpSchema
     greeted: object
     """`version` of its greeting: version and package."""
+    vfio_features: frozenset[QemuVfioFeature] = frozenset()
 
     @property
     def features(self) -> frozenset[Feature]:
@@ -106,25 +125,28 @@ def _run(binary: str, accelerator: str, environment: Mapping[str, str]) -> Probe
     except subprocess.TimeoutExpired as failure:
         text = f"{binary} did not answer within {PROBE_DEADLINE_S} s when asked what it offers"
         raise VmmTimedOut(text) from failure
-    greeting, schema = _answers(done.stdout)
-    if not greeting or schema is None:
+    greeting, returned = _answers(done.stdout)
+    if not greeting or "schema" not in returned:
         words = done.stderr[-1024:].decode(errors="replace").strip()
         raise _useless(binary, words or f"it ended with code {done.returncode}")
-    return Probed(read_version(greeting), read_schema(schema), greeting.get("version"))
+    offered = vfio_features(*(read_properties(returned.get(id_)) for id_ in (_DEVICE, _IOMMUFD)))
+    schema = read_schema(returned["schema"])
+    return Probed(read_version(greeting), schema, greeting.get("version"), offered)
 
 
-def _answers(output: bytes) -> tuple[dict[str, Any], object]:
+def _answers(output: bytes) -> tuple[dict[str, Any], dict[str, object]]:
+    """The greeting, and what was returned to each question that was not refused."""
     greeting: dict[str, Any] = {}
-    schema: object = None
+    returned: dict[str, object] = {}
     for line in output.splitlines():
         try:
             message = json_object(orjson.loads(line))
         except orjson.JSONDecodeError:
             continue
         greeting = json_object(message.get("QMP")) or greeting
-        if message.get("id") == "query-qmp-schema":
-            schema = message.get("return")
-    return greeting, schema
+        if message.get("id") in _ASKED and message.get("return") is not None:
+            returned[message["id"]] = message["return"]
+    return greeting, returned
 
 
 def _useless(binary: str, why: str) -> VmmDied:

@@ -16,7 +16,9 @@ Rules
    guest would not survive the move. The type must exist in the QEMU of both hosts.
 4. The digest covers what the guest can see: machine, CPU, memory, devices, and the contents of
    firmware. It covers no host paths and no back ends, which may differ; values of path parameters
-   are left out for the same reason.
+   are left out for the same reason. Of a passthrough device it covers id, order and what the guest
+   sees of it, not which one of the host it is (migrd.qemu.digest).
+5. Passthrough devices come with a request only where `[passthrough] allowed = true` says so.
 
 Traps
 - A path is resolved when it is checked and opened by QEMU later: whoever may write in `below` can
@@ -43,10 +45,12 @@ from typing import Annotated, Final, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from migrd.core.vfio_launch import VfioLaunch
 from migrd.errors import Invalid, Violation
 from migrd.qemu import command_line
+from migrd.qemu.allowance import PassthroughRules, refused_devices
 from migrd.qemu.command_line import Argument, Placeholder, TemplateError, UnfitValue
-from migrd.qemu.digest import content_digest, launch_digest
+from migrd.qemu.digest import content_digest, launch_digest, visible_device
 from migrd.qemu.parameters import BadValue, IntegerParameter, Parameter, PathParameter, Value
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
@@ -81,6 +85,8 @@ class LaunchProfile(BaseModel):
         Annotated[str, Field(pattern=r"^[^\x00]*$")],
     ] = Field(default_factory=dict)
     """Added to QEMU's otherwise nearly empty environment."""
+    passthrough: PassthroughRules = PassthroughRules()
+    """Whether requests may bring passthrough devices, and which."""
 
     @field_validator("machine")
     @classmethod
@@ -120,8 +126,9 @@ class LaunchProfile(BaseModel):
     def cpu_template(self) -> Argument:
         return command_line.parse_cpu(self.cpu)
 
-    def resolve(self, given: Mapping[str, Value]) -> "Resolved":
-        """Fill the profile. Raises Invalid with every parameter that is wrong. Blocking."""
+    def resolve(self, given: Mapping[str, Value], devices: VfioLaunch | None = None) -> "Resolved":
+        """Fill the profile. Raises Invalid with every parameter that is wrong, and every device
+        that may not be brought. Blocking."""
         violations: list[Violation] = []
         values: dict[str, Value] = {}
         for name in sorted(set(given) - set(self.parameters)):
@@ -140,6 +147,8 @@ class LaunchProfile(BaseModel):
                 violations.append(Violation(f"parameters.{name}", bad.code, str(bad)))
         resolved = Resolved(self, values)
         violations += resolved.unfit()
+        if devices is not None and devices.devices:
+            violations += refused_devices(self.name, self.passthrough, devices)
         if violations:
             text = "; ".join(f"{v.field}: {v.message}" for v in violations)
             raise Invalid(f"profile {self.name} cannot be used so: {text}", violations)
@@ -175,19 +184,21 @@ class Resolved:
         extra = is_tcg and "memory-backend=" not in self.profile.machine
         return self.memory_mib * 1024 + (TCG_EXTRA_KIB if extra else 0)
 
-    def digest(self) -> str:
+    def digest(self, devices: VfioLaunch | None = None) -> str:
         """sha256 of what the guest can see; equal on both hosts, or the guest cannot move there.
 
         Blocking: reads firmware. Raises Invalid for firmware that cannot be read.
         """
         profile = self.profile
-        machine = {
+        machine: dict[str, object] = {
             "machine": profile.machine,
             "accelerator": profile.accelerator.partition(",")[0],
             "cpu": self._fill(profile.cpu_template),
             "memory_kib": self.memory_kib,
             "serial": profile.serial,
         }
+        if devices is not None and devices.devices:
+            machine["passthrough"] = [visible_device(device) for device in devices.devices]
         return launch_digest(machine, profile.template, self._visible)
 
     def unfit(self) -> list[Violation]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from migrd.core.facts import VmSpec
+from migrd.core.vfio_launch import VfioLaunch
 from migrd.errors import ConfigError, Invalid, NotFound, Violation
 from migrd.qemu.parameters import (
     BooleanParameter,
@@ -49,15 +50,16 @@ class Profiles:
             f"no launch profile {name!r}{where}; there are: {known}", code="unknown_profile"
         )
 
-    def resolve(self, spec: VmSpec) -> Resolved:
+    def resolve(self, spec: VmSpec, devices: VfioLaunch | None = None) -> Resolved:
         """Fill the profile that a VM names. Blocking (looks at files).
 
-        Raises NotFound for the profile, Invalid with every parameter that is wrong.
+        Raises NotFound for the profile, Invalid with every parameter that is wrong and every
+        passthrough device that it does not allow.
         """
         if spec.profile is None:
             text = f"VM {spec.name} names no launch profile"
             raise Invalid(text, [Violation("profile", "no_launch_profile", text)])
-        return self.find(spec.profile).resolve(spec.parameters)
+        return self.find(spec.profile).resolve(spec.parameters, devices)
 
 
 def load_profiles(directory: Path) -> Profiles:

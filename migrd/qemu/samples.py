@@ -8,7 +8,11 @@ zeros are "not measured yet" and become None as well:
   a second: QEMU renews it no more often. A zero beside bytes that were found dirty is that case.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from migrd.core.facts import QemuStatus, RunState, TransferSample
+from migrd.qemu.passthrough import States, read_reset_devices
 from migrd.qemu.wire import json_object
 
 BYTES_PER_MEGABIT = 125_000
@@ -21,8 +25,11 @@ def read_sample(
     at_s: float,
     stopped_at_s: float | None = None,
     resumed_at_s: float | None = None,
+    device_states: States = (),
+    own_names: Mapping[str, str] = MappingProxyType({}),
 ) -> TransferSample:
-    """One TransferSample from the answers to `query-migrate` and `query-status`."""
+    """One TransferSample from the answers to `query-migrate` and `query-status`; `own_names` are
+    QEMU's own names of devices, with the id of each."""
     answer = json_object(migrate)
     ram = json_object(answer.get("ram"))
     mbps = _number(ram.get("mbps"))
@@ -43,6 +50,8 @@ def read_sample(
         total_time_s=_seconds(answer.get("total-time")),
         throttle_percent=_integer(answer.get("cpu-throttle-percentage")),
         device_transferred_bytes=_integer(json_object(answer.get("vfio")).get("transferred")),
+        device_states=device_states,
+        reset_devices=read_reset_devices(_text(answer.get("error-desc")), own_names),
         multifd_bytes=_integer(ram.get("multifd-bytes")),
         postcopy_requests=_integer(ram.get("postcopy-requests")),
         error=_text(answer.get("error-desc")),

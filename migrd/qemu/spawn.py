@@ -1,7 +1,10 @@
 """Starting one QEMU so that it outlives this daemon.
 
 - A session of its own (no terminal, no signal meant for our process group reaches it), cwd `/`,
-  stdin from /dev/null, stdout and stderr to the instance's log, no other descriptor of ours.
+  stdin from /dev/null, stdout and stderr to the instance's log. No other descriptor of ours but
+  those of its passthrough devices: they have the same numbers there as here, so none below 3.
+- The limit of memory it may lock is raised for passthrough devices, and for those QEMUs only
+  (migrd.qemu.memlock).
 - An environment of almost nothing: what the daemon was given (tokens, NOTIFY_SOCKET, LISTEN_FDS) is
   no business of a guest's.
 - umask 077: sockets and logs are for this user only.
@@ -24,11 +27,24 @@ from dataclasses import dataclass
 from typing import Final
 
 from migrd.errors import Conflict, VmmDied
+from migrd.qemu import memlock
 from migrd.qemu.instances import Instance, LaunchRecord, open_locked_log
+from migrd.qemu.memlock import LIMIT, LIMIT_CURE
 from migrd.qemu.process import ProcessIdentity, hold_child
 
 PASSED_ON: Final = ("PATH", "TMPDIR", "TZ")
 """What QEMU gets of our environment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """What a QEMU gets of this process, besides the log."""
+
+    environment: Mapping[str, str]
+    fds: tuple[int, ...] = ()
+    """All above 2."""
+    locked_bytes: int = 0
+    """So much memory it must be able to lock; 0: no more than this process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +58,7 @@ class Child:
 def spawn(
     instance: Instance,
     record: LaunchRecord,
-    environment: Mapping[str, str],
+    inheritance: Inheritance,
     started: list[Child],
 ) -> None:
     """Make the directory, write the intent, start QEMU, note its identity.
@@ -63,7 +79,7 @@ def spawn(
         log_fd = open_locked_log(instance)
         try:
             record.write(instance)
-            _start(record.argv, environment, log_fd, started)
+            _start(record.argv, inheritance, log_fd, started)
         finally:
             os.close(log_fd)  # QEMU's own copy keeps the lock
         record.with_identity(started[0].identity).write(instance)
@@ -72,27 +88,30 @@ def spawn(
             raise  # the caller ends it
         with contextlib.suppress(OSError):
             instance.remove()
-        cure = f"install QEMU, or mend `binary` of profile {record.spec.profile}"
-        is_binary = failure.filename in (record.argv[0], None)
-        raise _not_started(
-            instance, failure, cure if is_binary else "see to `host.runtime_dir`"
-        ) from failure
+        cure = "see to `host.runtime_dir`"
+        if failure.filename in (record.argv[0], None):
+            cure = f"install QEMU, or mend `binary` of profile {record.spec.profile}"
+        elif failure.filename == LIMIT:
+            cure = LIMIT_CURE
+        raise _not_started(instance, failure, cure) from failure
 
 
 def _start(
-    argv: Sequence[str], environment: Mapping[str, str], log_fd: int, started: list[Child]
+    argv: Sequence[str], inheritance: Inheritance, log_fd: int, started: list[Child]
 ) -> None:
     kept = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    child = subprocess.Popen(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=log_fd,
-        stderr=log_fd,
-        cwd="/",
-        env={"LC_ALL": "C.UTF-8", **kept, **environment},
-        start_new_session=True,
-        umask=0o077,
-    )
+    with memlock.inherited(inheritance.locked_bytes):
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log_fd,
+            stderr=log_fd,
+            cwd="/",
+            env={"LC_ALL": "C.UTF-8", **kept, **inheritance.environment},
+            start_new_session=True,
+            umask=0o077,
+            pass_fds=inheritance.fds,
+        )
     # From here on a pidfd stands for the child and WatchedProcess reaps it. With a return code,
     # Popen takes it for reaped and neither waits for it nor complains when it is collected.
     child.returncode = 0

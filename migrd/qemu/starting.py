@@ -14,14 +14,16 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from migrd.core.facts import RunState, VmSpec
 from migrd.engine.threads import in_thread
-from migrd.errors import VmmDied, VmmError, VmmTimedOut, VmmUnreachable
+from migrd.errors import Invalid, Violation, VmmDied, VmmError, VmmTimedOut, VmmUnreachable
+from migrd.qemu.adoption import VM_NAME
+from migrd.qemu.inheriting import Inherited
 from migrd.qemu.instances import Instance, identity_by_socket, lock_says
 from migrd.qemu.machine import Machine
 from migrd.qemu.process import Life, WatchedProcess, kill_once, listener_pid
@@ -37,6 +39,16 @@ _FIRST_POLL_S: Final = 0.0005
 _LAST_POLL_S: Final = 0.002
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a QEMU, as the thread that does it needs to know it."""
+
+    spec: VmSpec
+    at: Instance
+    incoming: bool
+    inherited: Inherited
 
 
 @dataclass
@@ -56,14 +68,32 @@ class Known:
         self.process.close()
 
 
-def command_line(resolved: Resolved, at: Instance, *, incoming: bool) -> list[str]:
-    """QEMU's whole command line: the profile's part, and what migrd adds to it."""
+def refuse_bad_names(at: Instance) -> None:
+    """Raises Invalid for names that are none, or too long for a socket."""
+    for field, name, what in (("name", at.vm, "a VM"), ("instance", at.name, "an instance")):
+        if not VM_NAME.fullmatch(name):
+            text = f"{name!r} is no name for {what}: letters, digits and . _ - inside"
+            raise Invalid(text, [Violation(field, "bad_name", text)])
+    if at.spare_bytes < 0:
+        text = (
+            f"{at.vm!r} is {-at.spare_bytes} characters too long for the path of a socket below "
+            f"{at.runtime_dir}; shorten it, or host.runtime_dir"
+        )
+        raise Invalid(text, [Violation("name", "name_too_long", text)])
+
+
+def command_line(
+    resolved: Resolved, at: Instance, *, incoming: bool, devices: Sequence[str] = ()
+) -> list[str]:
+    """QEMU's whole command line: the profile's part, and what migrd adds to it. Passthrough devices
+    come last, behind the bridges and ports that the profile may have for them."""
     argv = [*resolved.argv(), "-name", f"guest={at.vm},debug-threads=on"]
     if resolved.profile.serial:
         chardev = f"file,id=migrd-serial,path={_escaped(at.serial_path)},append=on"
         argv += ["-chardev", chardev, "-serial", "chardev:migrd-serial"]
     for path in (at.qmp_path, at.oob_path):  # in this order: see _listener
         argv += ["-qmp", f"unix:{_escaped(path)},server=on,wait=off"]
+    argv += devices
     return [*argv, "-S", "-incoming", "defer"] if incoming else argv
 
 

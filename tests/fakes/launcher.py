@@ -8,8 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 
 from migrd.core.facts import Feature, VmSpec
-from migrd.engine.ports import Vmm
-from migrd.errors import Conflict, NotFound, VmmDied
+from migrd.core.vfio_launch import QemuVfioFeature, VfioLaunch
+from migrd.engine.ports import PassedDevices, Vmm
+from migrd.errors import Conflict, Invalid, NotFound, Violation, VmmDied
 from tests.fakes.guest import Guest
 from tests.fakes.qemu_process import FakeQemu, Load, Make
 from tests.fakes.vmm import FakeVmm
@@ -46,9 +47,13 @@ class FakeHost:
         self.ground = ground
         self.make = Make()
         self.profiles: dict[str, str] = {"tiny": "pc, 256 MiB"}
+        self.allowed_devices: dict[str, frozenset[str]] = {}
+        """Profile -> addresses of passthrough devices that a request may bring; absent: none."""
         self.launch_fails: str | None = None
         self.qemus: list[FakeQemu] = []
         """All whose files are on this host's disk, dead ones included."""
+        self.noted: dict[str, VfioLaunch] = {}
+        """Instance -> its passthrough devices, as on disk."""
         self.adopted: set[str] = set()
         """Instances that others launched."""
 
@@ -59,7 +64,14 @@ class FakeHost:
             qemu.cont()
         return qemu
 
-    def add(self, spec: VmSpec, instance: str, *, incoming: bool) -> FakeQemu:
+    def add(
+        self,
+        spec: VmSpec,
+        instance: str,
+        *,
+        incoming: bool,
+        devices: VfioLaunch | None = None,
+    ) -> FakeQemu:
         ground = self.ground
         qemu = FakeQemu(
             self.name,
@@ -70,6 +82,7 @@ class FakeHost:
             incoming=incoming,
             load=ground.load,
             make=self.make,
+            devices=devices,
         )
         self.qemus.append(qemu)
         return qemu
@@ -97,28 +110,58 @@ class FakeLauncher:
         for handle in self._handles.values():
             handle.disconnect()
 
-    def check(self, spec: VmSpec) -> str:
+    def check(self, spec: VmSpec, devices: VfioLaunch | None = None) -> str:
         if spec.profile not in self.host.profiles:
             raise NotFound(f"no profile {spec.profile} on {self.host.name}", code="unknown_profile")
-        text = json.dumps([self.host.profiles[spec.profile], sorted(spec.parameters.items())])
-        return hashlib.sha256(text.encode()).hexdigest()
+        seen: list[object] = [self.host.profiles[spec.profile], sorted(spec.parameters.items())]
+        if devices is not None and devices.devices:
+            self._refuse_devices(spec.profile, devices)
+            seen += [[d.id, d.guest_bus, d.guest_address] for d in devices.devices]
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+
+    def _refuse_devices(self, profile: str, devices: VfioLaunch) -> None:
+        allowed = self.host.allowed_devices.get(profile)
+        if allowed is None:
+            text = f"profile {profile} allows no passthrough devices"
+            raise Invalid(text, [Violation("devices", "passthrough_forbidden", text)])
+        violations = [
+            Violation(f"devices[{n}].address", "device_not_allowed", f"{d.address} is not allowed")
+            for n, d in enumerate(devices.devices)
+            if d.address not in allowed
+        ]
+        if violations:
+            raise Invalid("devices that the profile does not allow", violations)
 
     async def probe(self, spec: VmSpec) -> tuple[str, frozenset[Feature]]:
         self.check(spec)
         await asyncio.sleep(0.002)
         return self.host.make.version, self.host.make.features
 
+    async def vfio_features(self, spec: VmSpec) -> frozenset[QemuVfioFeature]:
+        self.check(spec)
+        await asyncio.sleep(0.002)
+        return self.host.make.vfio_features
+
     async def versions(self) -> Mapping[str, str | None]:
         return dict.fromkeys(self.host.profiles, self.host.make.version)
 
-    async def launch(self, spec: VmSpec, instance: str, *, incoming: bool) -> Vmm:
-        self.check(spec)
+    async def launch(
+        self,
+        spec: VmSpec,
+        instance: str,
+        *,
+        incoming: bool,
+        devices: PassedDevices | None = None,
+    ) -> Vmm:
+        given = devices.launch if devices is not None else None
+        self.check(spec, given)
         if any(q.instance == instance for q in self.host.qemus):
             raise Conflict(f"instance {instance} exists already", code="instance_exists")
         await asyncio.sleep(LAUNCH_S / 2)
         if self.host.launch_fails is not None:
             raise VmmDied(f"QEMU of {spec.name} did not start: {self.host.launch_fails}")
-        qemu = self.host.add(spec, instance, incoming=incoming)
+        qemu = self.host.add(spec, instance, incoming=incoming, devices=given)
+        self.host.noted[instance] = given or VfioLaunch()
         await asyncio.sleep(LAUNCH_S / 2)
         if not incoming:
             qemu.cont()
@@ -143,6 +186,13 @@ class FakeLauncher:
             if qemu.instance == vmm.instance and self.is_managed(vmm):
                 return qemu.spec
         return VmSpec(vmm.vm, None)
+
+    def devices_of(self, vmm: Vmm) -> VfioLaunch | None:
+        noted = self.host.noted.get(vmm.instance)
+        return noted if noted is not None and noted.devices else None
+
+    async def note_devices(self, vmm: Vmm, devices: VfioLaunch) -> None:
+        self.host.noted[vmm.instance] = devices
 
     def serial_path(self, vmm: Vmm) -> str | None:
         return f"/run/migrd/{vmm.vm}/{vmm.instance}/serial.log"

@@ -8,7 +8,12 @@ Rules (design measurements on QEMU 7.2 and 10.0):
 - `cont` in `postmigrate` is accepted: nothing but the daemon's journal protects the guest;
 - numbers vanish with `failed` and `cancelled`; events are told once, and never repeated;
 - while a stalled stream is written in status `device`, no in-band command is answered, on any
-  monitor. What was sent then takes effect later. `yank` is answered always.
+  monitor. What was sent then takes effect later. `yank` is answered always;
+- passthrough devices come with the launch or are plugged, and go when the guest lets go of them;
+  while a migration runs they stay. One whose state cannot be moved is reset, the migration fails
+  and the guest runs on.
+
+Longer than others because one process keeps all of these rules.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from migrd.core.facts import (
     TransferSettings,
     VmSpec,
 )
+from migrd.core.vfio_launch import GivenBy, QemuVfioFeature, VfioLaunch, VfioLaunchDevice
 from migrd.errors import VmmRefused
 from tests.fakes.guest import Guest, Holder
 from tests.fakes.transfer import Transfer
@@ -60,7 +66,15 @@ class Make:
     postcopy_status_first: bool = True
     """Status `postcopy-active` is told before the device state is sent (and may yet fail)."""
     passthrough_devices: tuple[str, ...] = ()
+    """Ids of devices that every one of them has, however it was launched."""
     blocked_reasons: tuple[str, ...] = ()
+    vfio_features: frozenset[QemuVfioFeature] = frozenset(QemuVfioFeature)
+    refuses_plug: str | None = None
+    """Its reason not to take a device."""
+    guest_lets_go: bool | None = True
+    """Of a device that is to be unplugged; False: it says no, None: it says nothing."""
+    blocks_migration: frozenset[str] = frozenset()
+    """Ids of devices that cannot migrate."""
 
 
 @dataclass
@@ -109,6 +123,7 @@ class FakeQemu:
         incoming: bool,
         load: Load,
         make: Make,
+        devices: VfioLaunch | None = None,
     ) -> None:
         self.host_name = host_name
         self.pid = next(_PIDS)
@@ -131,6 +146,9 @@ class FakeQemu:
         self.numbers = Numbers()
         self.limits = Limits()
         self.transfer: Transfer | None = None
+        self.devices = {d.id: d for d in (devices.devices if devices is not None else ())}
+        self.iommufds = list(devices.iommufds) if devices is not None else []
+        self.reset_devices: tuple[str, ...] = ()
         self.listeners: list[Callable[[str], None]] = []
         self.on_death: list[Callable[[], None]] = []
         self._answers = asyncio.Event()
@@ -209,14 +227,92 @@ class FakeQemu:
         for told in list(self.on_death):
             told()
 
+    # Passthrough devices ----------------------------------------------------------------------
+
+    @property
+    def device_ids(self) -> tuple[str, ...]:
+        return (*self.make.passthrough_devices, *self.devices)
+
+    @property
+    def blocked_reasons(self) -> tuple[str, ...]:
+        own = [
+            f"{id_}: VFIO migration is not supported in kernel"
+            for id_ in self.device_ids
+            if id_ in self.make.blocks_migration
+        ]
+        return (*self.make.blocked_reasons, *own)
+
+    def plug(self, device: VfioLaunchDevice, *, new_iommufd: bool) -> None:
+        """QMP `device_add`, with the object before it. Raises VmmRefused."""
+        if device.id in self.device_ids:
+            return
+        if self.is_migrating:
+            raise VmmRefused("device_add not allowed while migrating", code="plug_refused")
+        needed = {QemuVfioFeature.IOMMUFD} if device.iommufd is not None else set()
+        needed |= {QemuVfioFeature.DEVICE_FD} if device.given_by is GivenBy.FD else set()
+        if needed - self.make.vfio_features:
+            text = "this QEMU does not offer what the device needs"
+            raise VmmRefused(text, code="passthrough_unsupported")
+        is_there = device.iommufd is None or device.iommufd in self.iommufds
+        if self.make.refuses_plug is not None or is_there == new_iommufd:
+            text = self.make.refuses_plug or f"iommufd object {device.iommufd}"
+            raise VmmRefused(text, code="plug_refused")
+        self.devices[device.id] = device
+        if new_iommufd and device.iommufd is not None:
+            self.iommufds.append(device.iommufd)
+
+    def ask_to_unplug(self, id_: str) -> None:
+        """QMP `device_del`; the guest lets go at once, or not. Raises VmmRefused."""
+        if id_ not in self.devices:
+            return
+        if self.is_migrating:
+            raise VmmRefused("device_del not allowed while migrating", code="unplug_refused")
+        if self.make.guest_lets_go is False:
+            text = f"the guest does not let go of {id_}"
+            raise VmmRefused(text, code="unplug_refused_by_guest")
+        if self.make.guest_lets_go:
+            self.let_go(id_)
+
+    def let_go(self, id_: str) -> None:
+        """The guest lets go of a device."""
+        gone = self.devices.pop(id_)
+        if gone.iommufd not in {device.iommufd for device in self.devices.values()}:
+            self.iommufds = [iommufd for iommufd in self.iommufds if iommufd != gone.iommufd]
+
+    def fail_device(self, id_: str) -> None:
+        """Its state cannot be moved for the switchover: it is reset, and the guest runs on."""
+        assert self.transfer is not None
+        self.reset_devices = (*self.reset_devices, id_)
+        self.transfer.break_(
+            f"{id_}: Failed setting device state to STOP_COPY. Recover state is ERROR. "
+            "Resetting device: Input/output error"
+        )
+
+    @property
+    def device_states(self) -> tuple[tuple[str, str], ...]:
+        """As the events of real devices with pre-copy and P2P told them."""
+        if self.incoming and self.copy is None:
+            word = "resuming" if self.transfer is not None else ""
+        elif self.status is QemuStatus.ACTIVE and self.is_running:
+            word = "pre-copy"
+        elif self.status in (QemuStatus.PRE_SWITCHOVER, QemuStatus.DEVICE):
+            word = "stop-copy"
+        else:
+            word = "running" if self.is_running else "stop"
+        return tuple((id_, word) for id_ in sorted(self.device_ids) if word)
+
     # Migration --------------------------------------------------------------------------------
+
+    @property
+    def is_migrating(self) -> bool:
+        return self.transfer is not None and not self.transfer.is_over
 
     def start_outgoing(self, address: TransferAddress) -> None:
         """QMP `migrate`: accepted even when nobody listens. Raises VmmRefused."""
         if self.transfer is not None and not self.transfer.is_over:
             raise VmmRefused("There's a migration process in progress")
-        if self.make.blocked_reasons:
-            raise VmmRefused(f"State blocked by {self.make.blocked_reasons[0]}")
+        if self.blocked_reasons:
+            raise VmmRefused(f"State blocked by {self.blocked_reasons[0]}")
         if self.run_state is RunState.INMIGRATE:
             raise VmmRefused("Guest is waiting for an incoming migration")
         self.numbers = Numbers()
@@ -282,7 +378,15 @@ class FakeQemu:
 
     def sample(self) -> TransferSample:
         """query-migrate and query-status."""
-        bare = TransferSample(now_s(), self.status, self.run_state, error=self.numbers.error)
+        was_reset = self.status is QemuStatus.FAILED
+        bare = TransferSample(
+            now_s(),
+            self.status,
+            self.run_state,
+            error=self.numbers.error,
+            device_states=self.device_states,
+            reset_devices=self.reset_devices if was_reset else (),
+        )
         if self.status in _VANISH or (self.incoming and self.copy is None):
             return bare
         numbers, limits = self.numbers, self.limits

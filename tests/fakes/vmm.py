@@ -3,6 +3,8 @@
 One FakeVmm is one daemon's connection to one process (`fakes.qemu_process.FakeQemu`); the process
 goes on without it. In-band calls wait while the process is blocked, and raise VmmTimedOut after
 DEADLINE_S; what was sent takes effect when it is unblocked. Out-of-band calls are answered always.
+
+Longer than others because the port that it fulfils is.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from migrd.core.facts import (
+    PassthroughFacts,
     QemuStatus,
     RunState,
     TransferAddress,
@@ -22,7 +25,8 @@ from migrd.core.facts import (
     TransferSettings,
     VmFacts,
 )
-from migrd.engine.ports import TlsIdentity
+from migrd.core.vfio_launch import GivenBy, VfioLaunchDevice
+from migrd.engine.ports import PluggedFds, TlsIdentity
 from migrd.errors import VmmDied, VmmRefused, VmmTimedOut, VmmUnreachable
 from tests.fakes.qemu_process import FakeQemu
 from tests.fakes.transfer import Transfer
@@ -145,10 +149,31 @@ class FakeVmm:
             machine_type="pc-i440fx-7.2",
             memory_bytes=qemu.load.memory_bytes,
             features=qemu.make.features,
-            passthrough_devices=qemu.make.passthrough_devices,
-            blocked_reasons=qemu.make.blocked_reasons,
+            passthrough_devices=qemu.device_ids,
+            devices=self._devices(),
+            blocked_reasons=qemu.blocked_reasons,
             pid=qemu.pid,
         )
+
+    def _devices(self) -> tuple[PassthroughFacts, ...]:
+        qemu = self.qemu
+        states = dict(qemu.device_states)
+        facts = []
+        for id_ in qemu.device_ids:
+            given = qemu.devices.get(id_)
+            own = tuple(reason for reason in qemu.blocked_reasons if reason.startswith(f"{id_}:"))
+            facts.append(
+                PassthroughFacts(
+                    id=id_,
+                    address=given.address if given is not None else None,
+                    iommufd=given.iommufd if given is not None else None,
+                    migrates=not own,
+                    blocked_reasons=own,
+                    device_state=states.get(id_),
+                    was_reset=id_ in qemu.reset_devices,
+                )
+            )
+        return tuple(facts)
 
     async def run_state(self) -> RunState:
         return await self._in_band(lambda: self.qemu.run_state)
@@ -179,7 +204,7 @@ class FakeVmm:
         qemu = self.qemu
         if qemu.transfer is not None and not qemu.transfer.is_over:
             raise VmmRefused("There's a migration process in progress")
-        if settings.postcopy and qemu.make.passthrough_devices:
+        if settings.postcopy and qemu.device_ids:
             raise VmmRefused("VFIO migration is not supported with postcopy migration")
         qemu.limits.settings = settings
         qemu.limits.downtime_limit_s = settings.downtime_limit_s
@@ -298,6 +323,22 @@ class FakeVmm:
 
     async def pause_guest(self) -> None:
         await self._in_band(lambda: self.qemu.stop(RunState.PAUSED))
+
+    async def plug_device(self, device: VfioLaunchDevice, fds: PluggedFds) -> None:
+        if (device.given_by is GivenBy.FD) != (fds.device is not None):
+            raise VmmRefused("a descriptor is missing, or one too many", code="bad_descriptors")
+        is_new = fds.iommufd is not None
+        await self._in_band(lambda: self.qemu.plug(device, new_iommufd=is_new))
+
+    async def unplug_device(self, id: str, *, within_s: float) -> None:
+        await self._in_band(lambda: self.qemu.ask_to_unplug(id))
+        deadline_s = now_s() + within_s
+        while id in self.qemu.devices:
+            self._check_alive()
+            if now_s() >= deadline_s:
+                text = f"the guest has not let go of {id} within {within_s:g} s, and still may"
+                raise VmmTimedOut(text, code="unplug_timed_out")
+            await asyncio.sleep(LATENCY_S)
 
     async def quit(self) -> None:
         if self.qemu.is_dead:
