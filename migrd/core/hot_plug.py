@@ -9,9 +9,9 @@ container that once held a device tracked by its IOMMU is taken for tracked unti
 So both start from the standing plan's `iommufds` and `launched`, and place only what is new.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from migrd.core.tracking import Migratability, Plan, Reason, TrackingRequest
+from migrd.core.tracking import Migratability, Plan, Reason, TrackingRequest, decide
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,41 @@ class Judgement:
 def judge_plug(
     standing: Plan, request_now: TrackingRequest, *, accept_lower: bool = False
 ) -> Judgement:
-    """May the VM become what `request_now` describes (all its devices, the new ones included)?"""
-    raise NotImplementedError
+    """May the VM become what `request_now` describes (all its devices, the new ones not marked as
+    attached)? Not when the plan is refused for any reason, nor unasked when it lowers the VM:
+    below what it would be now without the new ones, not below what it was at its start."""
+    plan = decide(_within(standing, request_now))
+    had = tuple(one for one in request_now.devices if one.attached)
+    change = compare(reconsider(standing, replace(request_now, devices=had)), plan)
+    if plan.refused:
+        return Judgement(False, plan, change, plan.refused)
+    if not change.is_lower:
+        return Judgement(True, plan, change, ())
+    return Judgement(accept_lower, plan, change, change.appeared)
 
 
 def reconsider(standing: Plan, request_now: TrackingRequest) -> Plan:
-    """The plan of the running VM with the facts of now (devices that are gone left out)."""
-    raise NotImplementedError
+    """The plan of the running VM with the facts of now (devices that are gone left out, those
+    that it has marked as attached). What it refuses could not be started like this now."""
+    return decide(_within(standing, request_now))
+
+
+def _within(standing: Plan, request: TrackingRequest) -> TrackingRequest:
+    return replace(request, standing=standing.iommufds, standing_devices=standing.launched)
 
 
 def compare(before: Plan, after: Plan) -> VerdictChange:
     """What is different, for people and for machines."""
-    raise NotImplementedError
+    had = {_limit(reason) for reason in before.limits}
+    has = {_limit(reason) for reason in after.limits}
+    return VerdictChange(
+        before.migratability,
+        after.migratability,
+        tuple(reason for reason in after.limits if _limit(reason) not in had),
+        tuple(reason for reason in before.limits if _limit(reason) not in has),
+    )
+
+
+def _limit(reason: Reason) -> tuple[object, ...]:
+    """Without its sentence: figures in it may move while the reason stays."""
+    return reason.code, reason.device, reason.lowers_to, reason.probe

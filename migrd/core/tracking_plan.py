@@ -38,14 +38,15 @@ class Domain:
     """Devices that share one page table."""
 
     iommu: str | None
-    """The IOMMU instance; None: the devices' drivers pin pages themselves (emulated mdevs), there
-    is no page table and they are attached to the IOAS."""
+    """The IOMMU instance; None: none (`is_ioas`), or sysfs does not say which."""
     iommufd: str | None
     """Id of the iommufd object whose IOAS it maps; None: the legacy interface."""
     devices: tuple[str, ...]
     """QEMU ids, in attach order."""
     flags: frozenset[DomainFlag]
     """What to allocate it with."""
+    is_ioas: bool = False
+    """There is no page table to make: its devices (emulated mdevs) are attached to the IOAS."""
 
     @property
     def dirty_tracking(self) -> bool:

@@ -101,6 +101,7 @@ class ReasonCode(StrEnum):
     QEMU_TOO_OLD = "qemu_too_old"
     LEGACY_INTERFACE = "legacy_interface"
     MEMORY_ABOVE_LIMIT = "memory_above_limit"
+    IOMMUFD_LIMIT = "iommufd_limit"
     NO_SAFE_PARTITION = "no_safe_partition"
     POLICY_FORBIDDEN = "policy_forbidden"
     POLICY_NOT_MET = "policy_not_met"

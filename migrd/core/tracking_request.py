@@ -59,6 +59,8 @@ class StandingObject:
     saw_iommu_tracking: bool = False
     """A device tracked by its IOMMU was attached at some time: QEMU then takes the whole container
     for tracked until its last device has gone (H4)."""
+    unsettled: frozenset[str] = frozenset()
+    """IOMMU instances of devices attached at some time of which it was not known."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class StandingDevice:
     id: str
     may_copy_all: bool = False
     """It came with enable-migration=on: QEMU lets it migrate though nothing tracks it."""
-    log_off: bool = False
+    log_is_off: bool = False
     """Its own DMA logging is left alone."""
 
 

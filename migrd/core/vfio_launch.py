@@ -7,9 +7,18 @@ QEMU; both decide which page tables QEMU makes (decision.md, H1 to H3), so neith
 on the way.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
+
+from migrd.errors import Invalid
+
+LONGEST_VALUE: Final = 1024
+_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,127}")
+"""QEMU's own rule (id_wellformed), with a bound."""
+_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
 
 class QemuVfioFeature(StrEnum):
@@ -79,4 +88,51 @@ def arguments(
     given by descriptor; `device_fds`: by address, for each device that is. Raises Invalid when one
     is missing or a value could be read as more than a value.
     """
-    raise NotImplementedError
+    wanted = len(launch.iommufds) if launch.iommufds_by_fd else 0
+    if len(iommufd_fds) != wanted:
+        raise Invalid(
+            f"{len(iommufd_fds)} descriptors of /dev/iommu for {wanted} iommufd objects",
+            code="wrong_descriptors",
+        )
+    said = []
+    for n, id_ in enumerate(launch.iommufds):
+        fd = {"fd": str(iommufd_fds[n])} if launch.iommufds_by_fd else {}
+        said += ["-object", _joined("iommufd", {"id": _id(id_)} | fd)]
+    for device in launch.devices:
+        said += ["-device", _joined("vfio-pci", _device(device, device_fds))]
+    return said
+
+
+def _device(device: VfioLaunchDevice, device_fds: Mapping[str, int]) -> dict[str, str]:
+    told = {"id": _id(device.id)}
+    if device.given_by is GivenBy.FD:
+        fd = device_fds.get(device.address)
+        if fd is None:
+            what = f"no descriptor of {device.id} ({device.address}) is open"
+            raise Invalid(what, code="wrong_descriptors")
+        told["fd"] = str(fd)
+    elif device.sysfs_path is not None:
+        told["sysfsdev"] = device.sysfs_path
+    else:
+        told["host"] = device.address
+    named = {"iommufd": device.iommufd, "bus": device.guest_bus, "addr": device.guest_address}
+    told |= {name: value for name, value in named.items() if value is not None}
+    for name, value in device.properties.items():
+        if name in told or _NAME.fullmatch(name) is None:
+            raise Invalid(f"{device.id}: {name!r} is no further property", code="unsafe_argument")
+        told[name] = value
+    return told
+
+
+def _id(value: str) -> str:
+    if _ID.fullmatch(value) is None:
+        raise Invalid(f"{value!r} cannot be an id in QEMU", code="unsafe_argument")
+    return value
+
+
+def _joined(what: str, told: Mapping[str, str]) -> str:
+    """`what,name=value,…`: a comma in a value would begin another property."""
+    for name, value in told.items():
+        if not value or len(value) > LONGEST_VALUE or "," in value or not value.isprintable():
+            raise Invalid(f"{name}={value!r} cannot be passed to QEMU", code="unsafe_argument")
+    return ",".join([what, *(f"{name}={value}" for name, value in told.items())])
