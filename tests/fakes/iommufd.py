@@ -100,7 +100,7 @@ class Context:
 
     def get(self, object_id: int, kind: type[Any], missing: int = errno.ENOENT) -> Any:
         found = self.objects.get(object_id)
-        if not isinstance(found, kind):
+        if found is None or not isinstance(found, kind):
             raise _error(missing)
         return found
 
@@ -240,6 +240,7 @@ class IommufdKernel:
 
     def _hwpt_alloc(self, context: Context, argument: Any) -> None:
         known = sum(bit.value for bit in abi.iommufd_hwpt_alloc_flags)
+        _require(not getattr(argument, "__reserved"), errno.EOPNOTSUPP)
         device = context.get(argument.dev_id, Device)
         ioas = context.get(argument.pt_id, Ioas, missing=errno.EINVAL)
         _require(not argument.flags & ~known, errno.EOPNOTSUPP)
@@ -317,7 +318,7 @@ class IommufdKernel:
     # ---- dirty bits
 
     def _set_dirty(self, context: Context, argument: Any) -> None:
-        enable = abi.iommufd_hwpt_set_dirty_tracking_flags.ENABLE
+        enable = abi.iommufd_hwpt_set_dirty_tracking_flags.ENABLE.value
         _require(not argument.flags & ~enable, errno.EOPNOTSUPP)
         hwpt = context.get(argument.hwpt_id, Hwpt)
         _require(hwpt.can_track, errno.EOPNOTSUPP)
@@ -325,7 +326,7 @@ class IommufdKernel:
         hwpt.dirty.clear()  # silently, also when it was on
 
     def _get_dirty(self, context: Context, argument: Any) -> None:
-        no_clear = abi.iommufd_hwpt_get_dirty_bitmap_flags.NO_CLEAR
+        no_clear = abi.iommufd_hwpt_get_dirty_bitmap_flags.NO_CLEAR.value
         _require(not argument.flags & ~no_clear, errno.EOPNOTSUPP)
         _require(not getattr(argument, "__reserved"), errno.EOPNOTSUPP)
         hwpt = context.get(argument.hwpt_id, Hwpt)

@@ -1,14 +1,24 @@
-"""The iommufd contract on the simulator."""
+"""The iommufd contracts on the simulator."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.contract.iommufd import IommufdContract, Rig
+from tests.contract.iommufd import IommufdContract
+from tests.contract.iommufd_bench import Rig
+from tests.contract.iommufd_raw import IommufdRawContract
 from tests.fakes.iommufd import IommufdKernel
 
 
-class TestOnTheSimulator(IommufdContract):
+class OnTheSimulator:
     @pytest.fixture
     def rig(self) -> Rig:
         return IommufdKernel()
+
+
+class TestVerbs(OnTheSimulator, IommufdContract):
+    pass
+
+
+class TestAnswers(OnTheSimulator, IommufdRawContract):
+    pass
