@@ -42,7 +42,10 @@ def _address(given: Any) -> str:
 Address = Annotated[
     str,
     PlainValidator(_address),
-    WithJsonSchema({"type": "string", "pattern": ADDRESS_PATTERN, "examples": ["0000:41:00.2"]}),
+    # inside allOf: for programs; people are told the right form, not the expression
+    WithJsonSchema(
+        {"type": "string", "allOf": [{"pattern": ADDRESS_PATTERN}], "examples": ["0000:41:00.2"]}
+    ),
 ]
 Word = Annotated[str, Field(min_length=1, max_length=MAX_WORD, pattern=r"^[!-~]+$")]
 Hex = Annotated[str, Field(pattern=r"^0x[0-9a-f]+$", examples=["0x1"])]

@@ -55,10 +55,12 @@ class Reply:
 _CURES: Final[Mapping[str, str]] = {
     "already_migrating": "`migrd migrations` shows that migration, `migrd watch ID` follows it",
     "ambiguous_id": "give more of the id",
+    "device_in_use": "`migrd vms` shows who has devices; stop that VM, or ask when it has gone",
     "no_such_route": "this daemon is older than this program: `migrd host` shows its version",
     "not_authenticated": "name the file with your token: --token-file FILE or MIGRD_TOKEN_FILE",
     "read_only": "use a token that may write",
     "unknown_destination": "`migrd host` lists the hosts of the roster",
+    "unknown_device": "`migrd devices` lists those of this host",
     "unknown_migration": "`migrd migrations --all` lists them",
     "unknown_profile": "`migrd host` lists the launch profiles",
     "unknown_vm": "`migrd vms` lists the VMs of this host",

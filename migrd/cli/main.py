@@ -13,13 +13,13 @@ import click
 
 import migrd
 from migrd.cli import exits
-from migrd.cli.commands import config, events, host, migrations, move, vms
+from migrd.cli.commands import config, devices, events, host, migrations, move, vms
 from migrd.cli.running import Guarded, Options, common_options
 
 SECTIONS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
     {
         "Migrate": ("plan", "migrate", "watch", "policy", "switchover", "cancel", "resolve"),
-        "Look": ("host", "vms", "migrations", "rounds", "decisions", "events"),
+        "Look": ("host", "devices", "vms", "migrations", "rounds", "decisions", "events"),
         "VMs": ("start", "stop"),
         "Daemon": ("serve", "doctor", "config", "demo"),
     }
@@ -106,6 +106,7 @@ def build(extra_commands: Iterable[click.Command] = ()) -> click.Group:
         migrations.cancel,
         migrations.resolve,
         host.host,
+        devices.devices,
         vms.vms,
         migrations.migrations,
         migrations.rounds,

@@ -92,6 +92,10 @@ def _ids_in(seen: Seen) -> list[str | None]:
     return [item.raw("id") for item in seen.parts("items")]
 
 
+def _addresses_in(seen: Seen) -> list[str | None]:
+    return [item.raw("address") for item in seen.parts("items")]
+
+
 def _peers_in(seen: Seen) -> list[str | None]:
     return [peer.raw("name") for peer in seen.parts("peers")]
 
@@ -103,6 +107,13 @@ def _name(text: str) -> str:
     return text
 
 
+device_argument = click.argument(
+    "address",
+    metavar="[ADDRESS]",
+    type=_name,
+    required=False,
+    shell_complete=_completes("devices", _addresses_in),
+)
 vm_argument = click.argument("vm", type=_name, shell_complete=_completes("vms", _names_in))
 host_argument = click.argument(
     "destination", type=_name, shell_complete=_completes("host", _peers_in)

@@ -41,6 +41,8 @@ class Column:
     right: bool = False
     wraps: bool = False
     """Its text may take several lines on a terminal."""
+    enough: int = 44
+    """So much room is enough for one that wraps: no other column is dropped to give it more."""
     drop: int = 0
     """On a terminal that is too narrow, columns with the highest `drop` go first; 0 stays."""
 
@@ -188,7 +190,7 @@ def _fitting(
 
 def _width(column: Column, cells: Sequence[Cell]) -> int:
     widest = max(cell_len(str(cell)) for cell in [column.title, *cells])
-    return min(widest, 44) if column.wraps else widest
+    return min(widest, column.enough) if column.wraps else widest
 
 
 def _rich_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> Table:

@@ -2,17 +2,20 @@
 could a VM be promised that has one device alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Final
 
 from migrd.core.devices import Answer, Device, Evidence, Inventory, IommuInstance
-from migrd.core.tracking import TrackingRequest, VmDevice, decide
+from migrd.core.tracking import Plan, Reason, TrackingRequest, VmDevice, decide
 from migrd.core.vfio_launch import QemuVfioFeature
 from migrd.engine.service import DeviceVerdict
 
 MOST_NAMED: Final = 4
 _EVERYTHING: Final = frozenset(QemuVfioFeature)
 """The verdict is about the hardware: a QEMU that lacks something is the VM's matter."""
+_ID: Final = "the device"
+"""Stands in messages where a VM's device has QEMU's id."""
 _BUS: Final = "pcie.0"
 _ADDRESS: Final = "05.0"
 
@@ -28,15 +31,25 @@ def judge(device: Device, inventory: Inventory) -> DeviceVerdict:
     }
     plan = decide(
         TrackingRequest(
-            devices=(VmDevice(device.address, device, _BUS, _ADDRESS),),
+            devices=(VmDevice(_ID, device, _BUS, _ADDRESS),),
             qemu=_EVERYTHING,
             iommus={} if known is None else {known.name: known},
             kernel=inventory.kernel,
             neighbours=group,
         )
     )
-    reasons = dict.fromkeys((*plan.refused, *plan.reasons))
-    return DeviceVerdict(plan.migratability, plan.migratability_at_best, tuple(reasons))
+    return DeviceVerdict(
+        plan.migratability, plan.migratability_at_best, tuple(_of_device(plan, device.address))
+    )
+
+
+def _of_device(plan: Plan, address: str) -> Iterator[Reason]:
+    """What is said of the device; not the notes about a VM that nobody has described."""
+    for reason in dict.fromkeys((*plan.refused, *plan.reasons)):
+        if reason.device is not None:
+            yield replace(reason, device=address)
+        elif reason.lowers_to is not None or reason in plan.refused:
+            yield reason
 
 
 def why_all_track(inventory: Inventory) -> str:

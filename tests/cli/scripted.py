@@ -49,7 +49,16 @@ from migrd.engine.service import (
     VmView,
 )
 from migrd.errors import Conflict, Invalid, NotFound
-from tests.cli.scripted_view import MIB, ODD, Running, host_of, refusals_of, view_of, vm_of
+from tests.cli.scripted_devices import ScriptedDevices
+from tests.cli.scripted_view import (
+    MIB,
+    ODD,
+    Running,
+    host_of,
+    refusals_of,
+    view_of,
+    vm_of,
+)
 
 DESTINATIONS: Final = (
     "host-b",
@@ -62,10 +71,11 @@ DESTINATIONS: Final = (
 )
 
 
-class Scripted:
+class Scripted(ScriptedDevices):
     """The engine's Service, with endings by the destination's name."""
 
     def __init__(self, *, speed: float = 1.0) -> None:
+        super().__init__()
         self.speed = speed
         """How much faster than life: 10 makes a round of half a second last 50 ms."""
         self.memory_bytes = 4096 * MIB
@@ -90,7 +100,7 @@ class Scripted:
 
     def host(self) -> HostView:
         active = sum(not r.state.is_terminal for r in self.migrations_by_id.values())
-        return host_of(outgoing_active=active, vms=len(self.vms_by_name))
+        return host_of(self.inventory, outgoing_active=active, vms=len(self.vms_by_name))
 
     def readiness(self) -> Sequence[Check]:
         return [Check("journal", self.ready, "writes" if self.ready else "the disk is full")]

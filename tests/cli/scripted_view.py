@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from migrd.core.convergence import Decision, estimate
+from migrd.core.devices import Inventory
 from migrd.core.facts import Feature, QemuStatus, Round, RunState, VmFacts, VmSpec
 from migrd.core.migration import MigrationState, Refusal
 from migrd.core.phases import Phase
+from migrd.engine.device_verdict import why_all_track
 from migrd.engine.service import (
     HostView,
     MigrationView,
@@ -65,7 +67,7 @@ def vm_of(spec: VmSpec, state: str, *, version: int, memory_bytes: int) -> VmVie
     )
 
 
-def host_of(*, outgoing_active: int, vms: int) -> HostView:
+def host_of(inventory: Inventory, *, outgoing_active: int, vms: int) -> HostView:
     """This host, with one peer that is up, one that is down and one never asked."""
     return HostView(
         name="host-a",
@@ -78,7 +80,12 @@ def host_of(*, outgoing_active: int, vms: int) -> HostView:
         incoming_slots=4,
         incoming_active=0,
         memory_available_bytes=51_539_607_552,
-        all_iommus_track_dirty=None,
+        all_iommus_track_dirty=inventory.all_iommus_track_dirty,
+        all_iommus_track_dirty_why=why_all_track(inventory),
+        iommus=tuple(inventory.iommus.values()),
+        kernel=inventory.kernel,
+        devices=len(inventory.devices),
+        inventory_trouble=tuple(inventory.trouble),
         tls=True,
         vms=vms,
         peers=(

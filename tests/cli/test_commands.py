@@ -27,6 +27,8 @@ def test_json_is_the_apis_own_answer(run: Run) -> None:
         (models.VmList, ("vms",)),
         (models.Vm, ("vms", "show", "web1")),
         (models.Host, ("host",)),
+        (models.DeviceList, ("devices",)),
+        (models.Device, ("devices", "0000:41:00.1")),
         (models.Plan, ("plan", "web1", "host-b")),
         (models.Migration, ("migrations", "show", id_)),
         (models.MigrationList, ("migrations",)),
@@ -63,7 +65,7 @@ def test_the_format_may_stand_before_or_after_the_command_or_in_the_environment(
 def test_host_shows_slots_peers_and_what_is_not_known(run: Run) -> None:
     out = run("host").stdout
     assert "0 of 4 slots in use" in out
-    assert "all IOMMUs track dirty pages  unknown" in out
+    assert "all IOMMUs track dirty pages  no: 1 of 2 cannot: dmar1" in out
     assert "small (QEMU unknown), standard (QEMU 10.0.2)" in out
     assert "not asked yet" in out
 
