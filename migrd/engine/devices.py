@@ -14,12 +14,19 @@ Rules
 import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
 
-from migrd.core.devices import Capability, Device, Evidence, Inventory, Unknown
+from migrd.core.devices import (
+    Capability,
+    Device,
+    DeviceMigration,
+    Evidence,
+    Inventory,
+    Unknown,
+)
 from migrd.engine.device_changes import Changes, compare
 from migrd.engine.device_verdict import why_all_track
 from migrd.engine.service import DeviceVerdict, DeviceView
@@ -33,7 +40,8 @@ FIRST_LOOK_S: Final = 10.0
 """So long a start waits for the first look; a host whose sysfs hangs is served without."""
 PAUSE_S: Final = 0.25
 RETRY_S: Final = 5.0
-PROBE_S: Final = 20.0
+PROBE_S: Final = 45.0
+"""The adapter has a limit of its own for each device, and asks a few at a time."""
 MOST_TOLD: Final = 16
 MOST_GONE: Final = 256
 
@@ -57,7 +65,6 @@ class HostDevices:
         self._news = asyncio.Event()
         self._first = asyncio.Event()
         self._gone: OrderedDict[str, float] = OrderedDict()
-        self._probing = asyncio.Lock()
         self._publishing = asyncio.Lock()
 
     # Looking ------------------------------------------------------------------------------------
@@ -196,12 +203,10 @@ class HostDevices:
 
     async def probe(self, address: str, *, by: str) -> DeviceView:
         """Ask the kernel about a device and note its answers; see `service.Service`."""
-        self._ready_to_ask(address)
+        device = self._ready_to_ask(address)
         try:
             async with asyncio.timeout(PROBE_S):
-                async with self._probing:  # one at a time: each opens /dev/iommu and the device
-                    device = self._ready_to_ask(address)
-                    answered = await self._world.passthrough.probe(device)
+                answered = await self._world.passthrough.probe(_forgotten(device))
         except TimeoutError:
             message = f"{address} has not answered within {PROBE_S:g} s"
             raise Unavailable(message, code="probe_timed_out") from None
@@ -230,23 +235,23 @@ class HostDevices:
         return view.device
 
     def note_probed(self, device: Device) -> None:
-        """Keep what the kernel answered about a device, and say so when it is not what the
-        registers had promised."""
+        """Keep what the kernel answered about a device; count it when the registers had promised
+        something else (the adapter logs that)."""
         known = self._world.inventory.current.devices.get(device.address)
         if known is not None and _contradicts(
             known.iommu_dirty_tracking, device.iommu_dirty_tracking
         ):
             self._world.observer.estimate_was_wrong()
-            log.warning(
-                "dirty tracking was estimated wrongly",
-                address=device.address,
-                iommu=device.iommu,
-                estimated=known.iommu_dirty_tracking.answer.value,
-                found=device.iommu_dirty_tracking.answer.value,
-                detail=device.iommu_dirty_tracking.detail,
-            )
         self._world.inventory.note_probed(device)
         self._news.set()
+
+
+_NOT_ASKED: Final = Capability.unknown(Unknown.NOT_PROBED)
+
+
+def _forgotten(device: Device) -> Device:
+    """Without what it answered before: what it has afterwards is this probe's."""
+    return replace(device, dma_logging=_NOT_ASKED, migration=DeviceMigration(_NOT_ASKED))
 
 
 def _contradicts(before: Capability, after: Capability) -> bool:

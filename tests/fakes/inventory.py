@@ -276,8 +276,11 @@ class FakePassthrough:
         if by is None:
             return self.answers.get(device.address, device)
         used = Capability.unknown(Unknown.IN_USE, by)
-        return replace(
-            device, iommu_dirty_tracking=used, dma_logging=used, migration=DeviceMigration(used)
+        known = device.migration.can.evidence is not Evidence.NONE
+        return replace(  # what was known before is not forgotten because it cannot be asked now
+            device,
+            dma_logging=device.dma_logging if known else used,
+            migration=device.migration if known else DeviceMigration(used),
         )
 
     async def open(self, devices: Sequence[Device], iommufds: int) -> OpenDevices:
