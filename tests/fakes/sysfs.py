@@ -20,6 +20,9 @@ import shutil
 from pathlib import Path
 from typing import Final
 
+from migrd.core.devices import Inventory
+from migrd.kernel.host_scan import scan_host
+from migrd.kernel.probed import Answers, assemble
 from migrd.kernel.sysfs import Roots
 
 MTTY: Final = "mtty"
@@ -54,6 +57,10 @@ class FakeHost:
         )
         if iommufd:
             self.write(self.dev / "iommu", "")
+
+    def look(self) -> Inventory:
+        """What one scan makes of it, before anybody has probed anything."""
+        return assemble(scan_host(self.roots), Answers())
 
     @staticmethod
     def write(path: Path, content: str | bytes) -> None:
