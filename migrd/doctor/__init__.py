@@ -6,7 +6,8 @@
     software    Python, launch profiles, the QEMUs they name
     storage     directories, fsync, the journal
     network     addresses, certificates, tokens, the other hosts
-    kernel      KVM, IOMMU and VFIO, userfaultfd, memory, open files, clock
+    kernel      KVM, userfaultfd, memory, open files, clock
+    passthrough IOMMUs, iommufd and VFIO, the devices that are meant for VMs
 
 Rules
 1. Looking changes nothing: no directory is made, the journal is tried on a copy, no port is taken.

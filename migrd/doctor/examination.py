@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from migrd.config import DEFAULT_PATH, Settings, load
-from migrd.doctor import kernel, network, software, storage
+from migrd.doctor import kernel, network, passthrough, software, storage
 from migrd.doctor.finding import Check, Finding, fail, ok, run_check
 from migrd.engine.threads import in_thread
 from migrd.errors import ConfigError
@@ -18,7 +18,8 @@ async def examine(path: Path | None, environ: Mapping[str, str]) -> tuple[Findin
     """
     settings, first = await in_thread(_configuration, path, environ)
     if settings is None:
-        return (first, *await _run(software.checks_of_any_host() + kernel.checks(None)))
+        checks = software.checks_of_any_host() + kernel.checks(None) + passthrough.checks(None)
+        return (first, *await _run(checks))
     return (first, *await _run(_checks(settings)))
 
 
@@ -45,6 +46,7 @@ def _checks(settings: Settings) -> list[Check]:
         *storage.checks(settings),
         *network.checks(settings),
         *kernel.checks(settings),
+        *passthrough.checks(settings),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What the kernel offers: KVM, IOMMU and VFIO, userfaultfd; memory, open files, and the clock."""
+"""What the kernel offers: KVM, userfaultfd; memory, open files, and the clock."""
 
 import ctypes
 import fcntl
@@ -34,7 +34,6 @@ def checks(settings: Settings | None) -> list[Check]:
     """Without settings: what can be said of any host."""
     return [
         Check("kvm", blocking=lambda: look_at_kvm(_wants_kvm(settings))),
-        Check("iommu and vfio", blocking=look_at_passthrough),
         Check("postcopy", blocking=partial(look_at_userfaultfd, _wants_postcopy(settings))),
         Check("memory", blocking=look_at_memory),
         Check("open files", blocking=look_at_open_files),
@@ -97,28 +96,6 @@ def _is_virtual() -> bool:
         return " hypervisor " in Path("/proc/cpuinfo").read_text().replace("\n", " \n")
     except OSError:
         return False
-
-
-def look_at_passthrough(root: Path = Path("/")) -> Finding:
-    """Blocking; only told: this version of migrd moves no VM with passthrough devices."""
-    iommus = sorted(p.name for p in _entries(root / "sys/class/iommu"))
-    groups = len(_entries(root / "sys/kernel/iommu_groups"))
-    has_iommufd = (root / "dev/iommu").exists()
-    vfio = [p.name for p in _entries(root / "dev/vfio") if p.name.isdecimal()]
-    parts = [
-        f"{len(iommus)} IOMMUs" + (f" ({', '.join(iommus[:4])})" if iommus else ""),
-        f"{groups} groups",
-        "/dev/iommu there" if has_iommufd else "no /dev/iommu",
-        f"{len(vfio)} groups bound to VFIO",
-    ]
-    return ok("iommu and vfio", ", ".join(parts))
-
-
-def _entries(directory: Path) -> list[Path]:
-    try:
-        return list(directory.iterdir())
-    except OSError:
-        return []
 
 
 def look_at_userfaultfd(is_wanted: bool, root: Path = Path("/"), uid: int | None = None) -> Finding:

@@ -267,19 +267,6 @@ def test_a_profile_under_kvm_is_what_wants_it(host: Host) -> None:
     assert kernel._wants_kvm(host.settings())
 
 
-def test_what_there_is_of_iommus_is_told(tmp_path: Path) -> None:
-    assert "0 IOMMUs" in kernel.look_at_passthrough(tmp_path).message
-    for directory in (
-        "sys/class/iommu/dmar0",
-        "sys/kernel/iommu_groups/7",
-        "dev/vfio/7",
-        "dev/iommu",
-    ):
-        (tmp_path / directory).mkdir(parents=True)
-    finding = kernel.look_at_passthrough(tmp_path)
-    assert finding.message == "1 IOMMUs (dmar0), 1 groups, /dev/iommu there, 1 groups bound to VFIO"
-
-
 @pytest.mark.parametrize(
     ("switch", "uid", "wanted", "status"),
     [
