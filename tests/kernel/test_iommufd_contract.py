@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.contract.iommufd import IommufdContract
-from tests.contract.iommufd_bench import Rig
 from tests.contract.iommufd_raw import IommufdRawContract
-from tests.fakes.iommufd import IommufdKernel
-
-
-class OnTheSimulator:
-    @pytest.fixture
-    def rig(self) -> Rig:
-        return IommufdKernel()
+from tests.kernel.simulated_iommufd import OnTheSimulator
 
 
 class TestVerbs(OnTheSimulator, IommufdContract):
