@@ -66,12 +66,14 @@ TIERS: Mapping[str, Tier] = {
         memory_mib=2048,
         devices=(
             "intel-iommu,intremap=on,aw-bits=48",
-            "e1000e,addr=03.0,romfile=",
-            # Two functions of one slot that cannot be told apart: one IOMMU group.
-            "e1000e,addr=04.0,multifunction=on,romfile=",
-            "e1000e,addr=04.1,romfile=",
-            "pcie-root-port,id=port,addr=05.0,chassis=1",
-            "igb,bus=port,romfile=",
+            "e1000e,addr=10.0,romfile=",
+            # Two functions that cannot be told apart, so one IOMMU group: behind a port, for of
+            # those in the root complex Linux believes that Intel keeps them apart.
+            "pcie-root-port,id=port0,addr=11.0,chassis=1",
+            "e1000e,bus=port0,addr=00.0,multifunction=on,romfile=",
+            "e1000e,bus=port0,addr=00.1,romfile=",
+            "pcie-root-port,id=port1,addr=12.0,chassis=2",
+            "igb,bus=port1,romfile=",
         ),
         kernel_arguments=("vfio_pci.enable_sriov=1",),
     ),

@@ -4,7 +4,7 @@ The directory says in which of the three boots a file runs:
 
     guest/mock/test_*.py   no vIOMMU; the mock devices of iommufd's own selftest
     guest/vfio/test_*.py   an emulated VT-d, mtty mdevs, and NICs: an e1000e alone, two that share
-                           an IOMMU group, an igb with up to seven VFs behind a root port
+                           an IOMMU group, an igb with up to eight VFs
     guest/e2e/test_*.py    mtty mdevs behind the mock IOMMU: a VFIO device with a page table that
                            tracks dirty pages; a UUID that starts with 0d0d0d0d cannot
 

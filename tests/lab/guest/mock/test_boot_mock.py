@@ -11,6 +11,9 @@ import pytest
 from tests.lab.guest.raw import CAN_TRACK, DIRTY_TRACKING, MIB, NO_DIRTY, Iommufd
 
 
+MOCK = "iommufd_selftest_iommu.0"
+
+
 def test_this_is_the_labs_own_kernel() -> None:
     release = os.uname().release
     assert release.startswith("6.12.")
@@ -18,7 +21,7 @@ def test_this_is_the_labs_own_kernel() -> None:
 
 
 def test_no_iommu_but_the_mock_one_is_there() -> None:
-    assert list(Path("/sys/class/iommu").iterdir()) == []
+    assert [unit.name for unit in Path("/sys/class/iommu").iterdir()] == [MOCK]
 
 
 def test_a_mock_device_tracks_dirty_pages_and_another_does_not() -> None:
