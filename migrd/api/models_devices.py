@@ -188,6 +188,8 @@ class DeviceVerdict(WireModel):
     """What is proven."""
     migratability_at_best: Migratability
     """If what is unknown turns out well; better than `migratability` only with probes to do."""
+    can_start: bool
+    """A VM could be started with it as things are; false: the reasons say what is in the way."""
     reasons: tuple[DeviceReason, ...]
     """Limits first, worst first."""
 
@@ -196,6 +198,7 @@ class DeviceVerdict(WireModel):
         return cls(
             migratability=known.migratability,
             migratability_at_best=known.migratability_at_best,
+            can_start=known.can_start,
             reasons=tuple(
                 DeviceReason(
                     code=reason.code.value,

@@ -39,7 +39,10 @@ def judge(device: Device, inventory: Inventory) -> DeviceVerdict:
         )
     )
     return DeviceVerdict(
-        plan.migratability, plan.migratability_at_best, tuple(_of_device(plan, device.address))
+        migratability=plan.migratability,
+        migratability_at_best=plan.migratability_at_best,
+        can_start=not plan.refused,
+        reasons=tuple(_of_device(plan, device.address)),
     )
 
 

@@ -68,10 +68,12 @@ def test_what_the_kernel_lacks_is_said_and_what_it_has_is_not(run: Run, daemon: 
 def test_devices_lists_them_by_address_with_a_verdict_each(run: Run) -> None:
     out = run("devices").stdout
     header = out.splitlines()[0].split()
-    assert header == ["ADDRESS", "DRIVER", "GROUP", "IOMMU", "TRACKED", "BY", "VERDICT"]
+    assert header == ["ADDRESS", "DRIVER", "READY", "GROUP", "IOMMU", "TRACKED", "BY", "VERDICT"]
     assert len(out.splitlines()) == 1 + len(mixed_host().devices)
-    assert row_of(out, VF) == [VF, "mlx5_vfio_pci", "8", "dmar0", "iommu,", "device", "live"]
-    assert row_of(out, NVME)[4:] == ["nobody", "needs", "unplug"]
+    assert row_of(out, VF) == [
+        VF, "mlx5_vfio_pci", "yes", "8", "dmar0", "iommu,", "device", "live"
+    ]  # fmt: skip
+    assert row_of(out, NVME)[5:] == ["nobody", "needs", "unplug"]
 
 
 def test_devices_are_chosen_by_driver_iommu_and_readiness(run: Run) -> None:

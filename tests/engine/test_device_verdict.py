@@ -20,6 +20,7 @@ def test_a_device_that_is_tracked_and_can_be_migrated_is_live() -> None:
     host = mixed_host()
     verdict = judge(host.devices[VF], host)
     assert verdict.migratability is verdict.migratability_at_best is Migratability.LIVE
+    assert verdict.can_start
     assert all(reason.lowers_to is None for reason in verdict.reasons)
 
 
@@ -40,6 +41,7 @@ def test_what_is_unknown_is_neither_promised_nor_excluded() -> None:
     verdict = judge(host.devices[GPU], host)
     assert verdict.migratability is not Migratability.LIVE
     assert verdict.migratability_at_best.rank < verdict.migratability.rank
+    assert not verdict.can_start, "the host's own driver has it"
     assert any(reason.probe is not None for reason in verdict.reasons)
 
 

@@ -25,6 +25,7 @@ _STYLE: Final[Mapping[str, str]] = {
 _COLUMNS: Final = (
     Column("address", wraps=True, enough=18),
     Column("driver"),
+    Column("ready"),
     Column("group", right=True, drop=3),
     Column("iommu", drop=1),
     Column("tracked by"),
@@ -56,6 +57,7 @@ async def devices(
 
     The verdict says what a VM that has this device and no other could be promised. A "?" marks what
     rests on an estimate or on something not known yet: binding the device, or --probe, settles it.
+    A device is ready when a VM could be started with it as things are.
 
     \b
     Examples:
@@ -107,6 +109,7 @@ def _row(device: Seen) -> list[Cell]:
     return [
         device.text("address"),
         device.text("driver"),
+        yes_no(device.part("verdict").flag("can_start")),
         device.text("iommu_group"),
         device.text("iommu"),
         _tracked_by(device),
@@ -159,7 +162,7 @@ def _facts(device: Seen) -> list[tuple[str, Cell]]:
         ("in use by", device.text("in_use_by", "no VM that is known")),
         ("kind", word(device.text("kind"))),
         ("driver", device.text("driver", "none")),
-        ("ready for a VM", yes_no(device.flag("passthrough"))),
+        ("ready for a VM", yes_no(device.part("verdict").flag("can_start"))),
         ("vendor, device, class", _identity(device)),
         ("IOMMU", device.text("iommu", "none")),
         ("IOMMU tracks its DMA", capability(device.part("iommu_dirty_tracking"))),
