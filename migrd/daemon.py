@@ -1,7 +1,8 @@
 """The daemon: the only place that knows every part, and builds them in order.
 
-    settings > log > directories > journal > launcher > peers (TLS) > engine (replays, goes on)
-             > listener for peers > API > READY ...... signal > STOPPING, in reverse
+    settings > log > directories > journal > launcher > peers (TLS) > passthrough (sysfs, VFIO)
+             > engine (replays, goes on) > listener for peers > API > READY
+             ...... signal > STOPPING, in reverse
 
 Whatever is built is an async context on one stack, so a failure half way undoes what was done, and
 a stop touches no guest: QEMUs are detached, migrations go on from the journal.
@@ -34,6 +35,8 @@ from migrd.engine.world import World
 from migrd.errors import ConfigError
 from migrd.journal.retention import Retention
 from migrd.journal.sqlite import open_journal
+from migrd.kernel.inventory import HostInventory
+from migrd.kernel.passthrough import KernelPassthrough
 from migrd.log import configure
 from migrd.metrics.exposition import Exposition
 from migrd.metrics.loop_lag import LoopLagProbe
@@ -151,7 +154,18 @@ async def _world(
             peers[peer.name] = peer
     options = engine_options(settings)
     stream = Stream(history=options.history, queue=options.queue)
-    return World(options, journal, launcher, peers, stream, observer=metrics)
+    passthrough = KernelPassthrough()
+    stack.callback(passthrough.close)
+    return World(
+        options,
+        journal,
+        launcher,
+        peers,
+        stream,
+        observer=metrics,
+        inventory=HostInventory(rescan_every_s=settings.devices.rescan_interval_s),
+        passthrough=passthrough,
+    )
 
 
 async def _peer_tls(settings: Settings) -> PeerTls | None:

@@ -185,6 +185,9 @@ class DeviceVerdict:
     """What is proven."""
     migratability_at_best: Migratability
     """If what is unknown turns out well."""
+    can_start: bool
+    """A VM could be started with it as things are; else some of the reasons say what is in the
+    way."""
     reasons: tuple[Reason, ...] = ()
 
 
