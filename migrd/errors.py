@@ -6,6 +6,7 @@
     │   ├── Invalid          the request itself is wrong; carries every violation at once
     │   ├── NotFound         no such VM, migration, peer or profile
     │   ├── Conflict         right in itself, not possible in the present state
+    │   │   └── Refused      a decision says no: every reason at once, and nothing was touched
     │   ├── NotAuthorized    known to nobody, or not allowed
     │   └── TooLarge         more bytes or deeper nesting than the limit
     ├── Unavailable          not now; the same request may work later
@@ -86,6 +87,18 @@ class NotFound(RequestError):
 
 class Conflict(RequestError):
     code = "conflict"
+
+
+class Refused(Conflict):
+    """A decision says no; every reason at once, and nothing was touched."""
+
+    code = "refused"
+
+    def __init__(
+        self, message: str, violations: Sequence[Violation] = (), *, code: str | None = None
+    ) -> None:
+        super().__init__(message, code=code)
+        self.violations = tuple(violations)
 
 
 class NotAuthorized(RequestError):

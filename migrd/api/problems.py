@@ -101,6 +101,7 @@ STATUS: Final[Mapping[type[BaseException], int]] = {
     errors.Invalid: 422,
     errors.NotFound: 404,
     errors.Conflict: 409,
+    errors.Refused: 409,
     errors.NotAuthorized: 403,
     errors.TooLarge: 413,
     errors.Unavailable: 503,

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from migrd.core.convergence import FIXED_COST_S
+from migrd.core.device_preflight import of_devices
 from migrd.core.facts import (
     REQUIRED_FEATURES,
     Feature,
     QemuStatus,
     RunState,
-    VmFacts,
-    VmSpec,
 )
 from migrd.core.migration import Refusal, Request, WhenNotConverging
+from migrd.core.preflight_facts import DestinationFacts as DestinationFacts
+from migrd.core.preflight_facts import SourceFacts as SourceFacts
 
 MOVABLE: Final = frozenset({RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH})
 """Run states in which a guest may be moved. After an internal or I/O error its state is not to be
@@ -38,34 +39,6 @@ BUSY: Final = frozenset(
 
 
 @dataclass(frozen=True)
-class DestinationFacts:
-    """The destination, as its migrd answered. Features are those of the QEMU it would start."""
-
-    host: str
-    qemu_version: str | None
-    features: frozenset[str]
-    launch_digest: str | None
-    incoming_slots_free: int
-    memory_available_bytes: int | None
-    vm_present: bool
-    last_epoch: int
-    tls: bool
-    refusals: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class SourceFacts:
-    """This host's side."""
-
-    host: str
-    vm: VmFacts
-    spec: VmSpec
-    launch_digest: str | None
-    epoch: int
-    tls: bool
-
-
-@dataclass(frozen=True)
 class Preflight:
     """The result."""
 
@@ -79,19 +52,22 @@ class Preflight:
 
 def check(request: Request, source: SourceFacts, destination: DestinationFacts) -> Preflight:
     """Every reason not to begin. Pure."""
+    devices = of_devices(request, source, destination)
     refusals = (
         *_of_request(request, source),
         *_of_source(request, source),
         *_of_destination(request, source, destination),
+        *devices.refusals,
     )
-    return Preflight(tuple(refusals), tuple(_warnings(source, destination)))
+    warnings = (*_warnings(source, destination), *devices.warnings)
+    return Preflight(tuple(dict.fromkeys(refusals)), warnings)
 
 
 def _of_request(request: Request, source: SourceFacts) -> Iterator[Refusal]:
     if request.destination == source.host:
         yield Refusal("destination_is_source", f"the VM is on {source.host} already")
     floor_s = FIXED_COST_S
-    if request.policy.downtime_limit_s < floor_s:
+    if source.plan is None and request.policy.downtime_limit_s < floor_s:  # else the plan says it
         yield Refusal(
             "downtime_limit_below_floor",
             f"downtime_limit_ms = {request.policy.downtime_limit_s * 1000:.0f} is below what a "

@@ -61,7 +61,7 @@ class StandingDecision:
     downgraded: tuple[str, ...] = ()
     """Devices whose domain was refused tracking when QEMU tried."""
     probed: bool = False
-    """The kernel was asked about each device for it (at a start); else it rests on what was known."""
+    """The kernel was asked about each device for it; else it rests on what was known before."""
 
 
 def standing(

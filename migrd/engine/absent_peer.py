@@ -6,6 +6,7 @@ Every call raises PeerUnreachable: nothing is known of it, and nothing is conclu
 from typing import NoReturn
 
 from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
+from migrd.core.tracking import Migratability
 from migrd.engine.peer_service import HelloFacts
 from migrd.engine.ports import DestinationView, HostProfile, SourceView
 from migrd.errors import PeerUnreachable
@@ -30,7 +31,13 @@ class AbsentPeer:
         self._not_in_roster()
 
     async def prepare(
-        self, migration_id: str, epoch: int, vm: VmSpec, settings: TransferSettings
+        self,
+        migration_id: str,
+        epoch: int,
+        vm: VmSpec,
+        settings: TransferSettings,
+        *,
+        least: Migratability | None = None,
     ) -> DestinationView:
         self._not_in_roster()
 

@@ -10,6 +10,9 @@ from typing import Final, Self
 
 import structlog
 
+from migrd.engine.decisions import Decisions
+from migrd.engine.device_holding import DeviceHolding
+from migrd.engine.device_start import DeviceStart
 from migrd.engine.host import HostFacts
 from migrd.engine.migrations import Migrations
 from migrd.engine.reception import Reception
@@ -30,8 +33,11 @@ class Engine:
         self._world = world
         self._group = asyncio.TaskGroup()
         self.vms = VmTable(world, self._group)
-        self.migrations = Migrations(world, self.vms, self._group)
         self.host = HostFacts(world)
+        self.decisions = Decisions(world, self.vms)
+        self.holding = DeviceHolding(world, self._group)
+        starts = DeviceStart(world, self.decisions, self.holding, self.host.devices)
+        self.migrations = Migrations(world, self.vms, self._group, starts)
         self.service = Registry(self.migrations, self.host)
         self.reception = Reception(self.migrations)
 
@@ -68,6 +74,8 @@ class Engine:
             await self._group.__aexit__(None, None, None)
         except* _Stopped:
             pass
+        finally:
+            await self.holding.close()
 
     async def _rescan(self) -> None:
         """VMs that others launch come and go; the rescan is the truth."""

@@ -140,7 +140,7 @@ class Incoming(IncomingRecord):
         world, stored = self.world, self.stored
         async with asyncio.timeout(world.options.prepare_deadline_s):
             if self.vmm is None:
-                self.vmm = await world.launcher.launch(stored.spec, stored.instance, incoming=True)
+                self.vmm = await self.launch(stored)
             settings = replace(stored.settings, peer_name=stored.source)
             address = await self.vmm.prepare_incoming(
                 settings, world.options.tls, world.options.listen_host, world.options.ports

@@ -5,7 +5,7 @@ Split from `incoming`, whose owner task alone calls `_apply`. All else here may 
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import structlog
@@ -51,6 +51,8 @@ class IncomingRecord:
         self.note: str | None = None
         """What keeps it from going on, in words."""
         self.on_running: Callable[[IncomingRecord], None] = lambda _: None
+        self.launch: Callable[[StoredIncoming], Awaitable[Vmm]] = self._launch_plainly
+        """Launches the waiting QEMU. Raises MigrdError."""
         self._run_guest = state.run_guest
         self._granted = asyncio.Event()
         self._wanted_refusal: str | None = None
@@ -59,6 +61,9 @@ class IncomingRecord:
         self._unsaved: list[DestinationEvent] = []
         self._heard_at_s = world.clock.monotonic_s()
         self.log = log.bind(vm=stored.spec.name, migration_id=stored.id)
+
+    async def _launch_plainly(self, stored: StoredIncoming) -> Vmm:
+        return await self.world.launcher.launch(stored.spec, stored.instance, incoming=True)
 
     @property
     def id(self) -> str:
@@ -150,7 +155,8 @@ class IncomingRecord:
         if state.phase is DestinationPhase.REFUSED and self.state.phase in STARTED:
             return StoredVm(self.stored.spec, state.epoch, False, None)
         if state.phase in STARTED:
-            return StoredVm(self.stored.spec, state.epoch, True, self.stored.instance)
+            stored = self.stored
+            return StoredVm(stored.spec, state.epoch, True, stored.instance, stored.decision)
         return None
 
     def _enter(self, state: DestinationState) -> None:

@@ -5,12 +5,17 @@ creation of a migration, and of an incoming one, takes as well.
 """
 
 import asyncio
+from dataclasses import replace
 from typing import Final
 
 from migrd.core.facts import VmSpec
+from migrd.core.standing import StandingDecision
 from migrd.engine import views
 from migrd.engine.boot import new_instance
+from migrd.engine.decisions import check_devices
+from migrd.engine.device_start import DeviceStart
 from migrd.engine.migrations import Migrations
+from migrd.engine.ports import Vmm
 from migrd.engine.service import VmView
 from migrd.engine.threads import in_thread
 from migrd.engine.vms import Entry, VmTable
@@ -22,13 +27,20 @@ STOP_S: Final = 30.0
 class Lifecycle:
     """What clients may do with VMs."""
 
-    def __init__(self, migrations: Migrations) -> None:
+    def __init__(self, migrations: Migrations, starts: DeviceStart) -> None:
         self._migrations = migrations
+        self._starts = starts
+        self._decisions = starts.decisions
         self._world = migrations.world
         self._vms: VmTable = migrations.vms
 
+    def view(self, entry: Entry) -> VmView:
+        """As clients see it."""
+        return views.of_vm(entry, self._world, self._starts.holding)
+
     async def define(self, spec: VmSpec, *, dry_run: bool) -> tuple[VmView, bool]:
         """A new VM from a profile, or the profile of an adopted one."""
+        check_devices(spec)
         if spec.profile is not None:
             await in_thread(self._world.launcher.check, spec)
         entry = self._vms.get(spec.name)
@@ -38,20 +50,32 @@ class Lifecycle:
                 [Violation("profile", "missing", "name a launch profile of this host")],
             )
         if entry is not None and entry.spec == spec:
-            return views.of_vm(entry, self._world), False
+            return self.view(entry), False
         self._check_definable(entry, spec)
+        decision = await self._decide(entry, spec)
         if dry_run:
-            shown = Entry(spec) if entry is None else entry
-            return views.of_vm(shown, self._world), entry is None
+            shown = Entry(spec) if entry is None else replace(entry, spec=spec)
+            shown.decision = decision
+            return self.view(shown), entry is None
         created = entry is None
         if entry is None:
             self._vms.note_epoch(spec.name, await self._world.journal.last_epoch(spec.name))
             entry = Entry(spec, epoch=self._vms.last_epoch(spec.name))
-        else:
-            entry.spec = spec
-        await self._world.journal.put_vm(entry.stored())
+        await self._world.journal.put_vm(replace(entry.stored(), spec=spec, decision=decision))
+        entry.spec = spec
+        self._decisions.put(entry, decision)
         self._vms.put(entry)
-        return views.of_vm(entry, self._world), created
+        return self.view(entry), created
+
+    async def _decide(self, entry: Entry | None, spec: VmSpec) -> StandingDecision | None:
+        """From what is known now; no device is touched. Raises Refused."""
+        self._decisions.check_policy(spec)
+        if not spec.devices:
+            return None
+        now = await self._decisions.circumstances(spec, entry)
+        decided = await self._decisions.decide(spec, now)
+        decided.require()
+        return decided.stands(self._world.clock.wall_s())
 
     def _check_definable(self, entry: Entry | None, spec: VmSpec) -> None:
         if entry is None:
@@ -77,20 +101,22 @@ class Lifecycle:
         await self._world.journal.delete_vm(name)
         self._vms.remove(name)
         if vmm is not None:
+            await self._starts.holding.release(vmm.instance)
             await self._world.launcher.forget(vmm)
 
     async def start(self, name: str) -> VmView:
         entry = self._vms.require(name)
         if entry.vmm is not None and not entry.vmm.is_dead:
-            return views.of_vm(entry, self._world)
+            return self.view(entry)
         self._check_startable(entry)
+        await self._decisions.check_free(entry.spec)
         entry.starting = True
         old = entry.vmm
         try:
             self._vms.detach(entry)
             if old is not None:
                 await self._world.launcher.forget(old)
-            vmm = await self._world.launcher.launch(entry.spec, new_instance(), incoming=False)
+            vmm = await self._launch(entry)
         except VmmDied as exc:
             raise Conflict(exc.message, code="launch_failed") from exc
         finally:
@@ -100,7 +126,23 @@ class Lifecycle:
         self._vms.watch(entry)
         await self._vms.look(entry)
         self._vms.changed(entry)
-        return views.of_vm(entry, self._world)
+        return self.view(entry)
+
+    async def _launch(self, entry: Entry) -> Vmm:
+        """With devices: what is decided is durable before QEMU is started."""
+        spec = entry.spec
+        self._decisions.check_policy(spec)
+        if not spec.devices:
+            return await self._world.launcher.launch(spec, new_instance(), incoming=False)
+
+        async def record(decision: StandingDecision) -> None:
+            await self._world.journal.put_vm(replace(entry.stored(), decision=decision))
+            self._decisions.put(entry, decision)
+
+        now = await self._decisions.circumstances(spec)
+        decided, decision = await self._starts.decide(spec, now)
+        await record(decision)
+        return await self._starts.launch(spec, decided, now, record)
 
     def _check_startable(self, entry: Entry) -> None:
         name = entry.spec.name
@@ -143,8 +185,10 @@ class Lifecycle:
                 raise Unavailable(f"{name} has not ended yet", code="stop_timed_out") from None
         vmm = entry.vmm
         self._vms.detach(entry)
+        if vmm is not None:
+            await self._starts.holding.release(vmm.instance)
         await self._world.journal.put_vm(entry.stored())
         if vmm is not None:
             await self._world.launcher.forget(vmm)
         self._vms.changed(entry)
-        return views.of_vm(entry, self._world)
+        return self.view(entry)

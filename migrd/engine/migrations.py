@@ -16,6 +16,8 @@ from migrd.core.facts import RunState
 from migrd.core.handover import DestinationPhase, DestinationState
 from migrd.core.migration import MigrationState, Mode
 from migrd.core.phases import Instruction, Phase, Trigger
+from migrd.core.standing import StandingDecision
+from migrd.engine.device_start import DeviceStart
 from migrd.engine.incoming import Incoming
 from migrd.engine.incoming_record import IncomingRecord
 from migrd.engine.outgoing import Outgoing, Step
@@ -53,9 +55,14 @@ QUEUE_LIMIT: Final = 256
 class Migrations:
     """Every migration of this host by id."""
 
-    def __init__(self, world: World, vms: VmTable, group: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, world: World, vms: VmTable, group: asyncio.TaskGroup, starts: DeviceStart
+    ) -> None:
         self.world = world
         self.vms = vms
+        self.starts = starts
+        self.decisions = starts.decisions
+        self.decisions.bandwidth_bytes_per_s = self._bandwidth_bytes_per_s
         self._group = group
         self.outgoing: dict[str, Outgoing] = {}
         self.incoming: dict[str, Incoming] = {}
@@ -101,6 +108,13 @@ class Migrations:
     def incoming_active(self) -> int:
         return sum(1 for i in self.incoming.values() if not i.is_over)
 
+    def _bandwidth_bytes_per_s(self) -> float | None:
+        """What the newest migration away from here got; None: there was none."""
+        for m in reversed(self.outgoing.values()):
+            if m.rounds and (measured := m.rounds[-1].bandwidth_bytes_per_s):
+                return measured
+        return None
+
     # Outgoing -----------------------------------------------------------------------------------
 
     def add_outgoing(
@@ -109,8 +123,13 @@ class Migrations:
         """Know a migration; its task is begun unless it has ended."""
         m = Outgoing(self.world, stored, state, vmm, peer, STEPS)
         m.on_ended = self._ended
+        m.decision = lambda: self._standing(stored.request.vm)
         self.outgoing[m.id] = m
         return m
+
+    def _standing(self, vm: str) -> StandingDecision | None:
+        entry = self.vms.get(vm)
+        return None if entry is None else entry.decision
 
     def begin_outgoing(self, m: Outgoing) -> None:
         """Start its task, and give it a slot when there is one."""
@@ -138,7 +157,7 @@ class Migrations:
             return
         entry.migration_id = None
         if m.has_left:
-            entry.here = False
+            entry.here, entry.decision = False, None
         if m.vmm.is_dead and entry.vmm is m.vmm:
             self.vms.detach(entry)
         self.vms.changed(entry)
@@ -146,6 +165,7 @@ class Migrations:
     async def _after_outgoing(self, m: Outgoing) -> None:
         """What may take its time."""
         if m.vmm.is_dead:
+            await self.starts.holding.release(m.vmm.instance)
             await self._forget_files(m.vmm)
             return
         entry = self.vms.get(m.stored.request.vm)
@@ -173,6 +193,7 @@ class Migrations:
         """Know an incoming migration."""
         i = Incoming(self.world, stored, state, source)
         i.on_running = self._arrived
+        i.launch = self._launch_waiting
         self.incoming[i.id] = i
         return i
 
@@ -189,10 +210,18 @@ class Migrations:
             entry.epoch = max(entry.epoch, i.state.epoch)
         self._spawn(self._run_incoming(i), f"incoming-{i.id[:8]}")
 
+    async def _launch_waiting(self, stored: StoredIncoming) -> Vmm:
+        """A QEMU that waits for the guest, with the devices that were decided about. No rung lower:
+        nobody has agreed to less here."""
+        told = None if stored.decision is None else stored.decision.plan.launch
+        return await self.starts.launch_once(stored.spec, stored.instance, told, incoming=True)
+
     def _arrived(self, i: IncomingRecord) -> None:
         """The guest runs here: it is one of this host's VMs now."""
         state = RunState.RUNNING if i.state.run_guest else RunState.PAUSED
         busy = i.id if i.state.mode is Mode.POSTCOPY else None
+        if i.stored.decision is not None:
+            self.decisions.count(i.stored.decision.plan)
         self.vms.put(
             Entry(
                 i.stored.spec,
@@ -201,6 +230,7 @@ class Migrations:
                 vmm=i.vmm,
                 run_state=state,
                 migration_id=busy,
+                decision=i.stored.decision,
             )
         )
 
@@ -211,6 +241,8 @@ class Migrations:
             if i.is_over:
                 self._after_incoming(i)
                 self._forget_old()
+                if i.vmm is not None and i.vmm.is_dead:
+                    await self.starts.holding.release(i.vmm.instance)
 
     def _after_incoming(self, i: Incoming) -> None:
         entry = self.vms.get(i.stored.spec.name)

@@ -268,7 +268,8 @@ class Outgoing(OutgoingRecord):
         """What the event makes of this host's VM; written in the same transaction."""
         state = self.state
         if event.trigger in (Trigger.PREFLIGHT_PASSED, Trigger.TRANSFER_COMPLETED):
-            return StoredVm(self.stored.spec, state.epoch, here=True, instance=self.vmm.instance)
+            spec, instance = self.stored.spec, self.vmm.instance
+            return StoredVm(spec, state.epoch, True, instance, self.decision())
         lost_there = event.trigger is Trigger.GUEST_DIED and state.phase is Phase.COMPLETING
         if event.trigger is Trigger.SOURCE_RELEASED or lost_there:
             return StoredVm(self.stored.spec, state.epoch, here=False, instance=None)

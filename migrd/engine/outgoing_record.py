@@ -5,14 +5,17 @@ Split from `outgoing`, whose owner task alone changes the state. Steps and views
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
 
 from migrd.core.convergence import Decision, Estimate
-from migrd.core.facts import Round, TransferAddress, TransferSample, TransferSettings
+from migrd.core.facts import Round, TransferAddress, TransferSample, TransferSettings, VmSpec
 from migrd.core.migration import Cause, MigrationEvent, MigrationState
 from migrd.core.phases import Phase, Trigger
+from migrd.core.standing import StandingDecision, with_addresses
+from migrd.core.tracking import Migratability, Plan
 from migrd.engine.ports import Peer, StoredRequest, Vmm
 from migrd.engine.world import World
 from migrd.errors import JournalError
@@ -58,6 +61,8 @@ class OutgoingRecord:
         self.resumed = False
         """True when this task took over from an earlier daemon process."""
         self.cancel_wished = False
+        self.decision: Callable[[], StandingDecision | None] = lambda: None
+        """About the VM's passthrough devices, as it stands here."""
         self.may_have_run = True
         """The source may have executed since the copy at the destination was taken. False only
         while this process has watched it stand still without a gap."""
@@ -82,6 +87,22 @@ class OutgoingRecord:
             tls=self.world.options.tls is not None,
             peer_name=self.peer.name,
         )
+
+    def spec_there(self) -> VmSpec:
+        """The VM as the destination is to launch it: its devices at their addresses there."""
+        return with_addresses(self.stored.spec, self.stored.request.destination_devices)
+
+    def plan(self) -> Plan | None:
+        """What was decided about its passthrough devices; None: it has none."""
+        decision = self.decision()
+        return None if decision is None else decision.plan
+
+    def least(self) -> Migratability | None:
+        """The VM must not be less migratable there; None: someone agreed, or it has no devices."""
+        plan = self.plan()
+        if plan is None or self.stored.request.accept_less_migratable:
+            return None
+        return plan.migratability
 
     def reachable(self, address: TransferAddress) -> TransferAddress:
         """Where the destination listens, at the address that the roster names for the stream."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
+from migrd.core.tracking import Migratability
 from migrd.engine.ports import DestinationView, HostProfile, SourceView
 
 PEER_PROTOCOL: Final = 1
@@ -60,11 +61,14 @@ class PeerService(Protocol):
         epoch: int,
         vm: VmSpec,
         settings: TransferSettings,
+        *,
+        least: Migratability | None = None,
     ) -> DestinationView:
         """Store the incoming migration, then launch the waiting QEMU.
 
         Asked again with the same id: the view as it is. Raises Conflict (`stale_epoch`,
-        `vm_present`, ...), Unavailable (`no_slot`), Invalid, NotFound (profile), JournalError.
+        `vm_present`, `less_migratable_there`: below `least`, ...), Unavailable (`no_slot`),
+        Invalid, NotFound (profile), JournalError.
         """
 
     async def view(

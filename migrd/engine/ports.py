@@ -31,6 +31,8 @@ from migrd.core.facts import (
 )
 from migrd.core.handover import DestinationEvent, DestinationPhase
 from migrd.core.migration import MigrationEvent, Request
+from migrd.core.standing import StandingDecision
+from migrd.core.tracking import Migratability, Plan
 from migrd.core.vfio_launch import QemuVfioFeature, VfioLaunch, VfioLaunchDevice
 
 if TYPE_CHECKING:
@@ -214,6 +216,9 @@ class Launcher(Protocol):
         """(version for people, features) of the QEMU that the profile names; asked of a process
         without a machine, remembered until the binary changes. Raises as `check`, VmmError."""
 
+    def memory_bytes(self, spec: VmSpec) -> int:
+        """RAM of the guest. Blocking, and raises, as `check`."""
+
     async def vfio_features(self, spec: VmSpec) -> frozenset[QemuVfioFeature]:
         """What the QEMU that the profile names offers for passthrough; found as by `probe`, of the
         same process. Raises as `probe`."""
@@ -308,6 +313,9 @@ class HostProfile:
     tls: bool
     refusals: tuple[tuple[str, str], ...] = ()
     """Further reasons of its own not to take this VM, (code, message)."""
+    plan: Plan | None = None
+    """What it would decide about the VM's passthrough devices; None: the VM has none, or that host
+    cannot tell."""
 
 
 class Peer(Protocol):
@@ -322,9 +330,16 @@ class Peer(Protocol):
     async def preflight(self, vm: VmSpec) -> HostProfile: ...
 
     async def prepare(
-        self, migration_id: str, epoch: int, vm: VmSpec, settings: TransferSettings
+        self,
+        migration_id: str,
+        epoch: int,
+        vm: VmSpec,
+        settings: TransferSettings,
+        *,
+        least: Migratability | None = None,
     ) -> DestinationView:
-        """Launch the waiting QEMU. Idempotent by migration id."""
+        """Launch the waiting QEMU. Idempotent by migration id. `least`: the VM must not be less
+        migratable there than this; None: nobody minds."""
 
     async def view(
         self, migration_id: str, *, newer_than: int = -1, wait_s: float = 0.0
@@ -378,6 +393,8 @@ class StoredIncoming:
     instance: str
     settings: TransferSettings
     created_wall_s: float
+    decision: StandingDecision | None = None
+    """About its passthrough devices, made before the waiting QEMU is launched."""
 
 
 @dataclass(frozen=True)
@@ -388,6 +405,8 @@ class StoredVm:
     epoch: int
     here: bool
     instance: str | None
+    decision: StandingDecision | None = None
+    """The one that stands; None: no passthrough devices, or none was made."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """The steps before anything moves: preflight touches nothing, preparing touches both QEMUs."""
 
 import asyncio
+from dataclasses import dataclass
 from typing import Final
 
 from migrd.core.facts import VmFacts, VmSpec
 from migrd.core.migration import MigrationEvent, Refusal, Request
 from migrd.core.phases import Trigger
 from migrd.core.preflight import DestinationFacts, Preflight, SourceFacts, check
+from migrd.core.standing import with_addresses
+from migrd.core.tracking import Plan
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView, HostProfile, Peer, Vmm
 from migrd.engine.threads import in_thread
@@ -25,12 +28,28 @@ RESTART_S: Final = 10.0
 RETRY_S: Final = 0.25
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """The VM that is to leave, as this host has it."""
+
+    spec: VmSpec
+    epoch: int
+    vmm: Vmm
+    plan: Plan | None
+    """The decision about its passthrough devices that stands here."""
+
+
 async def judge(
-    world: World, request: Request, spec: VmSpec, epoch: int, vmm: Vmm, peer: Peer
+    world: World, request: Request, candidate: Candidate, peer: Peer
 ) -> tuple[Preflight, VmFacts | None, HostProfile | None]:
     """Ask both sides and compare. Raises VmmDied; everything else becomes a refusal."""
+    spec = candidate.spec
+    there = with_addresses(spec, request.destination_devices)
     facts, profile, digest = await asyncio.gather(
-        _source(vmm), _destination(peer, spec), _digest(world, spec), return_exceptions=True
+        _source(candidate.vmm),
+        _destination(peer, there),
+        _digest(world, candidate),
+        return_exceptions=True,
     )
     refusals: list[Refusal] = []
     if isinstance(facts, VmmDied):
@@ -51,14 +70,26 @@ async def judge(
     if isinstance(digest, BaseException):
         raise digest
     source = SourceFacts(
-        world.options.host, facts, spec, digest, epoch, world.options.tls is not None
+        world.options.host,
+        facts,
+        spec,
+        digest,
+        candidate.epoch,
+        world.options.tls is not None,
+        candidate.plan,
     )
     return check(request, source, _as_facts(profile)), facts, profile
 
 
-async def _digest(world: World, spec: VmSpec) -> str | None:
+async def _digest(world: World, candidate: Candidate) -> str | None:
     """Of what the guest sees here; None for a VM that others launched."""
-    return None if spec.profile is None else await in_thread(world.launcher.check, spec)
+    spec, check = candidate.spec, world.launcher.check
+    if spec.profile is None:
+        return None
+    if not spec.devices:
+        return await in_thread(check, spec)
+    planned = None if candidate.plan is None else candidate.plan.launch
+    return await in_thread(check, spec, world.launcher.devices_of(candidate.vmm) or planned)
 
 
 async def _source(vmm: Vmm) -> VmFacts:
@@ -87,18 +118,17 @@ def _as_facts(profile: HostProfile) -> DestinationFacts:
         last_epoch=profile.last_epoch,
         tls=profile.tls,
         refusals=profile.refusals,
+        plan=profile.plan,
     )
 
 
 async def check_preflight(m: Outgoing) -> MigrationEvent:
     """Carry out CHECK_PREFLIGHT."""
     limit_s = m.world.options.preflight_deadline_s
-    epoch = m.state.epoch - 1
+    candidate = Candidate(m.stored.spec, m.state.epoch - 1, m.vmm, m.plan())
     try:
         async with asyncio.timeout(limit_s):
-            result, facts, _ = await judge(
-                m.world, m.stored.request, m.stored.spec, epoch, m.vmm, m.peer
-            )
+            result, facts, _ = await judge(m.world, m.stored.request, candidate, m.peer)
     except TimeoutError:
         late = Refusal("preflight_timed_out", f"preflight was not over within {limit_s:.0f} s")
         return m.event(Trigger.PREFLIGHT_REFUSED, refusals=(late,))
@@ -115,9 +145,10 @@ async def check_preflight(m: Outgoing) -> MigrationEvent:
 async def _prepare_there(m: Outgoing) -> DestinationView:
     """Asked again while the other daemon restarts: asking twice launches once."""
     give_up_at_s = m.world.clock.monotonic_s() + RESTART_S
+    there, least = m.spec_there(), m.least()
     while True:
         try:
-            view = await m.peer.prepare(m.id, m.state.epoch, m.stored.spec, m.settings())
+            view = await m.peer.prepare(m.id, m.state.epoch, there, m.settings(), least=least)
         except (PeerUnreachable, PeerTimedOut) as exc:
             if m.world.clock.monotonic_s() > give_up_at_s:
                 raise

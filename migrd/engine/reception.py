@@ -11,7 +11,10 @@ from typing import Final
 from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
 from migrd.core.handover import DestinationPhase, DestinationState
 from migrd.core.migration import Mode
+from migrd.core.standing import StandingDecision
+from migrd.core.tracking import Migratability
 from migrd.engine.boot import new_instance
+from migrd.engine.decisions import Decided
 from migrd.engine.incoming import Incoming
 from migrd.engine.memory import memory_available_bytes
 from migrd.engine.migrations import Migrations
@@ -22,6 +25,8 @@ from migrd.errors import Conflict, MigrdError, NotFound, Unavailable, VmmError, 
 
 DISCARD_S: Final = 5.0
 GRANT_ANSWER_S: Final = 2.0
+PREFLIGHT_PROBE_S: Final = 3.0
+"""So long devices are waited for before a plan is made without their answers."""
 
 
 class Reception:
@@ -51,15 +56,19 @@ class Reception:
         """What the source needs to know; changes nothing."""
         world, migrations = self._world, self._migrations
         refusals: list[tuple[str, str]] = []
-        version, digest = None, None
+        version, digest, decided = None, None, None
         features: frozenset[str] = frozenset()
         try:
             if vm.profile is not None:  # else the source says so: there is nothing to look at
-                digest = await in_thread(world.launcher.check, vm)
+                await in_thread(world.launcher.check, vm)
                 version, found = await world.launcher.probe(vm)
                 features = frozenset(feature.value for feature in found)
+                decided = await self._decided(vm)
+                digest = await self._digest(vm, decided)
         except MigrdError as exc:
             refusals.append((exc.code, exc.message))
+        if decided is not None:
+            refusals += [(violation.code, violation.message) for violation in decided.own]
         options = world.options
         migrations.vms.note_epoch(vm.name, await world.journal.last_epoch(vm.name))
         return HostProfile(
@@ -75,7 +84,29 @@ class Reception:
             last_epoch=migrations.vms.last_epoch(vm.name),
             tls=options.tls is not None,
             refusals=tuple(refusals),
+            plan=None if decided is None else decided.plan,
         )
+
+    async def _decided(self, vm: VmSpec) -> Decided | None:
+        """About its passthrough devices, from this host's facts; None: it has none. Devices that
+        nobody has asked yet are asked, for a moment: else little could be said of them."""
+        if not vm.devices:
+            return None
+        decisions = self._migrations.decisions
+        try:
+            async with asyncio.timeout(PREFLIGHT_PROBE_S):
+                await self._migrations.starts.probe(vm)
+        except (TimeoutError, Unavailable):
+            pass  # what was not answered is unknown, and the plan says so
+        return await decisions.decide(vm, await decisions.circumstances(vm))
+
+    async def _digest(self, vm: VmSpec, decided: Decided | None) -> str | None:
+        """Of what the guest would see; None when its QEMU would not be started."""
+        check = self._world.launcher.check
+        if decided is None:
+            return await in_thread(check, vm)
+        told = decided.plan.launch
+        return None if told is None else await in_thread(check, vm, told)
 
     def _is_present(self, name: str) -> bool:
         """A VM of this name is here, or its QEMU is, whatever it does."""
@@ -91,6 +122,8 @@ class Reception:
         epoch: int,
         vm: VmSpec,
         settings: TransferSettings,
+        *,
+        least: Migratability | None = None,
     ) -> DestinationView:
         """Store, launch, and answer with the address to send the guest to."""
         lock = self._migrations.vms.lock(vm.name)
@@ -98,7 +131,8 @@ class Reception:
             i = self._migrations.incoming.get(migration_id)
             if i is None:
                 await self._make_room(source, migration_id, vm.name, epoch)
-                i = await self._store(source, migration_id, epoch, vm, settings)
+                decision = await self._decide(vm, least)
+                i = await self._store(source, migration_id, epoch, vm, settings, decision)
         deadline_s = self._world.options.prepare_deadline_s
         async with asyncio.timeout(deadline_s + 1.0):
             while i.state.phase is DestinationPhase.PREPARING:
@@ -128,6 +162,24 @@ class Reception:
         if self._migrations.incoming_active >= self._world.options.incoming_slots:
             raise Unavailable("no incoming slot is free", code="destination_full")
 
+    async def _decide(self, vm: VmSpec, least: Migratability | None) -> StandingDecision | None:
+        """As at a start, from what the kernel answers now. Raises Refused, Conflict."""
+        await in_thread(self._world.launcher.check, vm)
+        if not vm.devices:
+            return None
+        starts, decisions = self._migrations.starts, self._migrations.decisions
+        await decisions.check_free(vm)
+        decided, decision = await starts.decide(vm, await decisions.circumstances(vm))
+        found = decided.plan.migratability
+        if least is not None and found.rank > least.rank:
+            why = "; ".join(reason.message for reason in decided.plan.limits)
+            raise Conflict(
+                f"{vm.name} would be {found.value} here, and nobody has agreed to less than "
+                f"{least.value}: {why}",
+                code="less_migratable_there",
+            )
+        return decision
+
     async def _store(
         self,
         source: str,
@@ -135,9 +187,9 @@ class Reception:
         epoch: int,
         vm: VmSpec,
         settings: TransferSettings,
+        decision: StandingDecision | None,
     ) -> Incoming:
         world = self._world
-        await in_thread(self._world.launcher.check, vm)
         stored = StoredIncoming(
             id=migration_id,
             source=source,
@@ -146,6 +198,7 @@ class Reception:
             instance=new_instance(),
             settings=settings,
             created_wall_s=world.clock.wall_s(),
+            decision=decision,
         )
         await world.journal.create_incoming(stored)
         i = self._migrations.add_incoming(

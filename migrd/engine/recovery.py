@@ -75,7 +75,14 @@ class _Recovery:
         vmm = self._take(stored.spec.name, stored.instance) if stored.here else None
         managed = vmm is None or self._world.launcher.is_managed(vmm)
         self._migrations.vms.put(
-            Entry(stored.spec, stored.epoch, here=stored.here, vmm=vmm, managed=managed)
+            Entry(
+                stored.spec,
+                stored.epoch,
+                here=stored.here,
+                vmm=vmm,
+                managed=managed,
+                decision=stored.decision,
+            )
         )
 
     def _restore_incoming(self) -> None:
@@ -165,5 +172,7 @@ async def _adopt(migrations: Migrations, vmm: Vmm) -> None:
     if entry is not None and entry.spec.profile is not None:
         spec = entry.spec
     managed = world.launcher.is_managed(vmm)
-    vms.put(Entry(spec, vms.last_epoch(vmm.vm), here=True, vmm=vmm, managed=managed))
+    decision = None if entry is None else entry.decision
+    epoch = vms.last_epoch(vmm.vm)
+    vms.put(Entry(spec, epoch, here=True, vmm=vmm, managed=managed, decision=decision))
     log.info("a VM found running", vm=vmm.vm, pid=vmm.pid)

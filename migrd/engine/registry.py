@@ -27,7 +27,7 @@ from migrd.engine.lifecycle import Lifecycle
 from migrd.engine.migrations import QUEUE_LIMIT, Migrations
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import Peer, StoredRequest, Vmm
-from migrd.engine.prepare import judge
+from migrd.engine.prepare import Candidate, judge
 from migrd.engine.service import (
     Answer,
     Check,
@@ -61,7 +61,7 @@ class Registry:
         self._world = migrations.world
         self._vms: VmTable = migrations.vms
         self._host = host
-        self._lifecycle = Lifecycle(migrations)
+        self._lifecycle = Lifecycle(migrations, migrations.starts)
         self._creating = asyncio.Lock()
 
     # Host -------------------------------------------------------------------------------------
@@ -85,10 +85,10 @@ class Registry:
 
     def vms(self) -> tuple[int, Sequence[VmView]]:
         version = self._world.stream.resource_version
-        return version, [views.of_vm(entry, self._world) for entry in self._vms.all()]
+        return version, [self._lifecycle.view(entry) for entry in self._vms.all()]
 
     def vm(self, name: str) -> VmView:
-        return views.of_vm(self._vms.require(name), self._world)
+        return self._lifecycle.view(self._vms.require(name))
 
     async def define_vm(self, spec: VmSpec, *, dry_run: bool) -> tuple[VmView, bool]:
         async with self._vms.lock(spec.name):
@@ -118,7 +118,9 @@ class Registry:
                 Refusal("already_migrating", f"migration {active.id} is going on", "wait for it")
             )
         async with asyncio.timeout(self._world.options.preflight_deadline_s):
-            result, facts, _ = await judge(self._world, request, entry.spec, entry.epoch, vmm, peer)
+            plan = None if entry.decision is None else entry.decision.plan
+            candidate = Candidate(entry.spec, entry.epoch, vmm, plan)
+            result, facts, _ = await judge(self._world, request, candidate, peer)
         refusals += result.refusals
         free = facts is not None and not facts.passthrough_devices
         return PlanView(

@@ -17,6 +17,7 @@ from migrd.core.convergence import Decision, Estimate
 from migrd.core.devices import Device, DeviceKind, IommuInstance, KernelFacts
 from migrd.core.facts import Round, VmFacts, VmSpec
 from migrd.core.migration import Cause, Mode, Policy, Refusal, Request
+from migrd.core.standing import StandingDecision
 from migrd.core.tracking import Migratability, Reason, TrackingPolicy
 
 
@@ -131,6 +132,11 @@ class VmView:
     """The migration going on, on either side."""
     pid: int | None = None
     serial_path: str | None = None
+    decision: StandingDecision | None = None
+    """About its passthrough devices; None: it has none, or nobody has named them."""
+    iommufds_held: bool = False
+    """migrd has its own reference to its iommufds: dirty DMA can be peeked at. Not so after a
+    restart of the daemon, until the VM is started or moved anew."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from migrd.core.convergence import Estimate
 from migrd.core.facts import RunState, TransferSample
 from migrd.core.handover import DestinationPhase
 from migrd.core.phases import Phase
+from migrd.engine.device_holding import DeviceHolding
 from migrd.engine.incoming import Incoming
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.service import (
@@ -251,7 +252,7 @@ def _next_step_there(i: Incoming) -> str | None:
     return None
 
 
-def of_vm(entry: Entry, world: World) -> VmView:
+def of_vm(entry: Entry, world: World, holding: DeviceHolding) -> VmView:
     """A VM as it is now."""
     age_s = None
     if entry.facts_at_s is not None:
@@ -269,4 +270,6 @@ def of_vm(entry: Entry, world: World) -> VmView:
         migration_id=entry.migration_id,
         pid=None if vmm is None or vmm.is_dead else vmm.pid,
         serial_path=None if vmm is None else world.launcher.serial_path(vmm),
+        decision=entry.decision,
+        iommufds_held=vmm is not None and holding.is_held(vmm.instance),
     )

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from migrd.core.facts import RunState, VmFacts, VmSpec
+from migrd.core.standing import StandingDecision
 from migrd.engine.ports import StoredVm, Vmm
 from migrd.engine.world import World
 from migrd.errors import MigrdError, NotFound, VmmDied
@@ -39,6 +40,8 @@ class Entry:
     facts_at_s: float | None = None
     trouble: str | None = None
     resource_version: int = 0
+    decision: StandingDecision | None = None
+    """About its passthrough devices; replaced only by what has been made durable."""
     migration_id: str | None = None
     """The migration going on with it, on either side."""
     incoming: bool = False
@@ -63,7 +66,7 @@ class Entry:
     def stored(self) -> StoredVm:
         """As the journal keeps it."""
         instance = None if self.vmm is None else self.vmm.instance
-        return StoredVm(self.spec, self.epoch, self.here, instance)
+        return StoredVm(self.spec, self.epoch, self.here, instance, self.decision)
 
 
 class VmTable:

@@ -1,6 +1,7 @@
 """Everything the engine's tasks share: settings, ports, the event stream, and who watches."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,6 +37,8 @@ class Observer(Protocol):
 
     def estimate_was_wrong(self) -> None: ...
 
+    def decided(self, policy: str, decision: str, reason: str) -> None: ...
+
 
 class NobodyWatches:
     """An Observer that counts nothing."""
@@ -60,6 +63,8 @@ class NobodyWatches:
 
     def estimate_was_wrong(self) -> None: ...
 
+    def decided(self, policy: str, decision: str, reason: str) -> None: ...
+
 
 @dataclass(frozen=True)
 class World:
@@ -74,3 +79,5 @@ class World:
     observer: Observer = field(default_factory=NobodyWatches)
     inventory: DeviceInventory = field(default_factory=NoInventory)
     passthrough: Passthrough = field(default_factory=NoPassthrough)
+    open_pidfd: Callable[[int], int] = os.pidfd_open
+    """A descriptor of a process, by its pid. Raises ProcessLookupError when it is gone."""

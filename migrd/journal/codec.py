@@ -99,11 +99,17 @@ def _unknown_in(stored: Any, understood: Any, path: str) -> str | None:
                 return found
         return None
     if isinstance(stored, list) and isinstance(understood, list) and len(stored) == len(understood):
+        if _are_words(stored) and sorted(stored) == sorted(understood):
+            return None  # a set of words: each process writes it in an order of its own
         pairs = enumerate(zip(stored, understood, strict=True))
         return next(
             (found for n, (a, b) in pairs if (found := _unknown_in(a, b, f"{path}.{n}"))), None
         )
     return None if stored == understood else f"the value of {path or 'the record'}"
+
+
+def _are_words(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 MIGRATION_EVENT: Final = Codec("migration_event", 1, MigrationEvent)

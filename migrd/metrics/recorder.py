@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from migrd.core.devices import Inventory
 from migrd.core.facts import Round
 from migrd.metrics.daemon import DaemonMetrics
+from migrd.metrics.decisions import DecisionMetrics
 from migrd.metrics.devices import DeviceMetrics
 from migrd.metrics.migrations import MigrationMetrics
 from migrd.metrics.vms import VmMetrics
@@ -25,6 +26,7 @@ class Metrics:
         self.migrations = MigrationMetrics(self.registry)
         self.vms = VmMetrics()
         self.devices = DeviceMetrics(self.registry)
+        self.decisions = DecisionMetrics(self.registry)
         self.daemon = DaemonMetrics(self.registry, peers)
         self.changes = 0
         """Grows with everything worth a new rendering. Two threads may count one change as one."""
@@ -77,6 +79,11 @@ class Metrics:
         """What registers promised of dirty tracking is not what the kernel answered."""
         self.changes += 1
         self.devices.estimate_was_wrong()
+
+    def decided(self, policy: str, decision: str, reason: str) -> None:
+        """A decision about a VM's passthrough devices stands from now on."""
+        self.changes += 1
+        self.decisions.decided(policy, decision, reason)
 
     def journal_committed(self, seconds: float) -> None:
         """A journal transaction became durable in this time."""

@@ -40,10 +40,9 @@ from migrd.peer.messages import (
     WireDestinationView,
     WireHello,
     WireHostProfile,
-    WireModel,
     WireSourceView,
-    shortened,
 )
+from migrd.peer.wire import WireModel, shortened
 
 _STATUS: Final[tuple[tuple[type[MigrdError], int, str], ...]] = (
     (Invalid, 422, "Invalid"),
@@ -150,7 +149,8 @@ async def _preflight(service: PeerService, caller: str, ask: PreflightRequest) -
 
 async def _prepare(service: PeerService, caller: str, ask: PrepareRequest) -> WireModel:
     view = await service.prepare(
-        caller, ask.migration_id, ask.epoch, ask.vm.value(), ask.settings.value()
+        *(caller, ask.migration_id, ask.epoch, ask.vm.value(), ask.settings.value()),
+        least=ask.least,
     )
     return WireDestinationView.of(view)
 

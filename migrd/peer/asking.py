@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 from pydantic import ValidationError
 
 from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
+from migrd.core.tracking import Migratability
 from migrd.engine.peer_service import PEER_PROTOCOL, HelloFacts
 from migrd.engine.ports import DestinationView, HostProfile, SourceView
 from migrd.errors import PeerRefused, PeerTimedOut
@@ -36,12 +37,11 @@ from migrd.peer.messages import (
     WireDestinationView,
     WireHello,
     WireHostProfile,
-    WireModel,
     WireSettings,
     WireSourceView,
     WireVmSpec,
-    shortened,
 )
+from migrd.peer.wire import WireModel, shortened
 
 M = TypeVar("M", bound=WireModel)
 
@@ -86,7 +86,13 @@ class WirePeer(ABC):
         return (await self._ask("preflight", request, WireHostProfile, PREFLIGHT_S)).value()
 
     async def prepare(
-        self, migration_id: str, epoch: int, vm: VmSpec, settings: TransferSettings
+        self,
+        migration_id: str,
+        epoch: int,
+        vm: VmSpec,
+        settings: TransferSettings,
+        *,
+        least: Migratability | None = None,
     ) -> DestinationView:
         with _sendable(self.name):
             request = PrepareRequest(
@@ -94,6 +100,7 @@ class WirePeer(ABC):
                 epoch=epoch,
                 vm=WireVmSpec.of(vm),
                 settings=WireSettings.of(settings),
+                least=least,
             )
         return await self._ask_view("prepare", request, migration_id, PREPARE_S)
 

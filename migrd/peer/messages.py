@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
+from migrd.core.facts import SpecDevice, TransferAddress, TransferSettings, VmSpec
 from migrd.core.handover import DestinationPhase
+from migrd.core.tracking import Migratability, TrackingPolicy
 from migrd.engine.peer_service import HelloFacts
 from migrd.engine.ports import DestinationView, HostProfile, SourceView
+from migrd.peer.plan_messages import MOST_DEVICES, WirePlan
+from migrd.peer.wire import Name, Text, WireModel, shortened
 
 PATH: Final = "/peer/v1/"
 PROTOCOL_HEADER: Final = "Migrd-Protocol"
@@ -31,41 +34,52 @@ MAX_REQUEST_BYTES: Final = 256 * 1024
 MAX_ANSWER_BYTES: Final = 1024 * 1024
 MAX_WAIT_S: Final = 30.0
 """Longest that a `view` is held back; who asks for more is answered earlier."""
-_LONG_TEXT_CHARACTERS: Final = 8192
 
-Name = Annotated[str, Field(min_length=1, max_length=253)]
-Text = Annotated[str, Field(max_length=_LONG_TEXT_CHARACTERS)]
 MigrationId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Epoch = Annotated[int, Field(ge=0, lt=1 << 62)]
 Bytes = Annotated[int, Field(ge=0, lt=1 << 62)]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
-class WireModel(BaseModel):
-    model_config = ConfigDict(
-        extra="ignore",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-
 class Empty(WireModel):
     """A request without a question."""
+
+
+class WireSpecDevice(WireModel):
+    id: Name
+    address: Name
+    """On the host that reads this."""
+    guest_bus: Name | None = None
+    guest_address: Name | None = None
+
+    @classmethod
+    def of(cls, device: SpecDevice) -> Self:
+        return cls(**vars(device))
+
+    def value(self) -> SpecDevice:
+        return SpecDevice(**vars(self))
 
 
 class WireVmSpec(WireModel):
     name: Name
     profile: Name | None
     parameters: Annotated[dict[Name, bool | int | Text], Field(max_length=256)] = {}
+    devices: Annotated[list[WireSpecDevice], Field(max_length=MOST_DEVICES)] = []
+    tracking_policy: TrackingPolicy | None = None
 
     @classmethod
     def of(cls, spec: VmSpec) -> Self:
-        return cls(name=spec.name, profile=spec.profile, parameters=dict(spec.parameters))
+        return cls(
+            name=spec.name,
+            profile=spec.profile,
+            parameters=dict(spec.parameters),
+            devices=[WireSpecDevice.of(device) for device in spec.devices],
+            tracking_policy=spec.tracking_policy,
+        )
 
     def value(self) -> VmSpec:
-        return VmSpec(self.name, self.profile, self.parameters)
+        devices = tuple(device.value() for device in self.devices)
+        return VmSpec(self.name, self.profile, self.parameters, devices, self.tracking_policy)
 
 
 class WireSettings(WireModel):
@@ -107,6 +121,8 @@ class PrepareRequest(WireModel):
     epoch: Epoch
     vm: WireVmSpec
     settings: WireSettings
+    least: Migratability | None = None
+    """Refuse when the VM would be less migratable than this; null: nobody minds."""
 
 
 class ViewRequest(WireModel):
@@ -208,6 +224,7 @@ class WireHostProfile(WireModel):
     last_epoch: Epoch
     tls: bool
     refusals: Annotated[list[WireRefusal], Field(max_length=1000)] = []
+    plan: WirePlan | None = None
 
     @classmethod
     def of(cls, profile: HostProfile) -> Self:
@@ -215,12 +232,14 @@ class WireHostProfile(WireModel):
             WireRefusal(code=code, message=shortened(message) or "")
             for code, message in profile.refusals
         ]
-        listed = {"features": sorted(profile.features), "refusals": refusals}
+        plan = None if profile.plan is None else WirePlan.of(profile.plan)
+        listed = {"features": sorted(profile.features), "refusals": refusals, "plan": plan}
         return cls(**{**vars(profile), **listed})
 
     def value(self) -> HostProfile:
         refusals = tuple((refusal.code, refusal.message) for refusal in self.refusals)
-        listed = {"features": frozenset(self.features), "refusals": refusals}
+        plan = None if self.plan is None else self.plan.value()
+        listed = {"features": frozenset(self.features), "refusals": refusals, "plan": plan}
         return HostProfile(**{**vars(self), **listed})
 
 
@@ -257,16 +276,6 @@ CALLS: Final[Mapping[str, Call]] = MappingProxyType(
         "source_view": Call(MigrationRequest, WireSourceView, writes=False),
     }
 )
-
-
-def shortened(text: str | None) -> str | None:
-    """Text of any origin, made to fit a message: bounded, and valid Unicode."""
-    if text is None:
-        return None
-    sound = text.encode(errors="replace").decode()
-    if len(sound) <= _LONG_TEXT_CHARACTERS:
-        return sound
-    return sound[: _LONG_TEXT_CHARACTERS - 1] + "…"
 
 
 Observe = Callable[[str, str, str, float], None]

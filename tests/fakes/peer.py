@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
 from migrd.core.handover import DestinationPhase
+from migrd.core.tracking import Migratability, Plan
 from migrd.engine.peer_service import HelloFacts
 from migrd.engine.ports import DestinationView, HostProfile, SourceView
 from migrd.errors import Conflict, NotFound
@@ -42,6 +43,10 @@ class FakePeerService:
         """(caller, call), in order of arrival."""
         self.starts: list[str] = []
         """Migrations whose guest was started here, once for each start."""
+        self.plan: Plan | None = None
+        """What it says of the VM's passthrough devices."""
+        self.least: Migratability | None = None
+        """What the last prepare asked for."""
         self.slow_s = 0.0
         """How long grant and prepare take."""
         self._errors: dict[str, Exception] = {}
@@ -83,6 +88,7 @@ class FakePeerService:
             last_epoch=self.epochs.get(vm.name, 0),
             tls=True,
             refusals=(("no_kvm", "no /dev/kvm — here"),),
+            plan=self.plan,
         )
 
     async def prepare(
@@ -92,8 +98,11 @@ class FakePeerService:
         epoch: int,
         vm: VmSpec,
         settings: TransferSettings,
+        *,
+        least: Migratability | None = None,
     ) -> DestinationView:
         self._arrived(source, "prepare")
+        self.least = least
         await asyncio.sleep(self.slow_s)
         if migration_id in self.incoming:
             return self.incoming[migration_id].view

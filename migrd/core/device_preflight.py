@@ -1,0 +1,90 @@
+"""What passthrough devices have to do with whether a migration may begin.
+
+Both hosts have decided about them from their own facts; `core.two_hosts` judges the two plans, both
+ways. What is said here besides is about a plan that is missing.
+"""
+
+from dataclasses import dataclass
+
+from migrd.core.migration import Refusal, Request
+from migrd.core.preflight_facts import DestinationFacts, SourceFacts
+from migrd.core.tracking import Plan, Reason
+from migrd.core.two_hosts import judge_destination
+
+
+@dataclass(frozen=True)
+class DevicePreflight:
+    """All at once."""
+
+    refusals: tuple[Refusal, ...] = ()
+    warnings: tuple[Refusal, ...] = ()
+
+
+def of_devices(
+    request: Request, source: SourceFacts, destination: DestinationFacts
+) -> DevicePreflight:
+    """Every refusal and warning that passthrough devices are the reason of."""
+    if not source.spec.devices:
+        return _unnamed(source)
+    if source.plan is None:
+        vm = source.spec.name
+        missing = Refusal(
+            "no_decision",
+            f"nothing was decided about the passthrough devices of {vm}: it is not known whether "
+            "their DMA is watched",
+            f"define it anew with its devices: PUT /v1/vms/{vm}",
+        )
+        return DevicePreflight((missing,))
+    if destination.plan is None:
+        return _no_plan_there(destination)
+    judged = judge_destination(
+        source.plan,
+        destination.plan,
+        request.policy.downtime_limit_s,
+        accept_lower=request.accept_less_migratable,
+    )
+    return DevicePreflight(
+        tuple(as_refusal(reason, source.plan) for reason in judged.refusals),
+        tuple(as_refusal(reason, source.plan) for reason in judged.warnings),
+    )
+
+
+def _unnamed(source: SourceFacts) -> DevicePreflight:
+    """Devices that its profile has, or that others have given it: QEMU alone judges them."""
+    has = source.vm.passthrough_devices
+    if not has:
+        return DevicePreflight()
+    vm = source.spec.name
+    unnamed = Refusal(
+        "devices_not_named",
+        f"the definition of {vm} does not name its passthrough devices ({', '.join(has)}): whether "
+        "all their DMA is watched was not decided, and QEMU's own checks have holes",
+        f"name them by QEMU id and address: PUT /v1/vms/{vm}",
+    )
+    return DevicePreflight(warnings=(unnamed,))
+
+
+def _no_plan_there(destination: DestinationFacts) -> DevicePreflight:
+    if destination.refusals:
+        return DevicePreflight()  # they say why it could decide nothing
+    return DevicePreflight(
+        (
+            Refusal(
+                "destination_decides_nothing",
+                f"migrd on {destination.host} said nothing about the VM's passthrough devices",
+                f"bring migrd on {destination.host} to the version of this one",
+            ),
+        )
+    )
+
+
+def as_refusal(reason: Reason, plan: Plan) -> Refusal:
+    """A reason of the decision in preflight's words; the device by its id and address here."""
+    launch = plan.launch
+    devices = () if launch is None else launch.devices
+    address = next((one.address for one in devices if one.id == reason.device), None)
+    if reason.device is None or reason.device in reason.message:
+        place = ""
+    else:
+        place = f"{reason.device}: " if address is None else f"{reason.device} ({address}): "
+    return Refusal(reason.code.value, f"{place}{reason.message}", reason.cure)
