@@ -70,6 +70,22 @@ class TestForeign(OnTheSimulator, WithBench):
             hwpt = shared.foreign_hwpt(bench.hwpt.id, (bench.ioas.id,))
             assert hwpt.peek(IOVA, LENGTH, PAGE) is None
 
+    def test_a_vmm_that_maps_during_a_peek_does_not_seem_clean(
+        self, bench: Bench, kernel: IommufdKernel
+    ) -> None:
+        bench.hwpt.set_tracking(True)
+        beyond = IOVA + LENGTH
+
+        def mapping(fd: int, request: int, argument: Argument, /) -> int:
+            answer = kernel.ioctl(fd, request, argument)
+            if request == READING:
+                bench.ioas.map(bytearray(LENGTH), beyond)
+            return answer
+
+        with Iommufd.adopt(os.dup(bench.iommufd.fileno()), mapping) as shared:
+            hwpt = shared.foreign_hwpt(bench.hwpt.id, (bench.ioas.id,))
+            assert hwpt.peek(IOVA, 2 * LENGTH, PAGE) is None
+
     def test_no_scratch_ioas_is_left_when_the_proof_fails(
         self, bench: Bench, kernel: IommufdKernel
     ) -> None:
