@@ -32,6 +32,8 @@ from typing import Final
 LEAST_CLEAN: Final = 0.05
 """Of a slice's pages: with fewer clean ones it is too full to tell."""
 Z_95: Final = 1.96
+TURN: Final = 7919
+"""A prime, so that turns come to every slice."""
 LEAST_SLICES: Final = 3
 """Differences between fewer slices mean nothing."""
 
@@ -192,7 +194,8 @@ def granule(dirty_pages_by_size: Mapping[int, int]) -> int | None:
     return max(whole)
 
 
-def spread_over(total: int, parts: int) -> Iterable[int]:
-    """`parts` different indices below `total`, evenly spread (all of them if there are fewer)."""
+def spread_over(total: int, parts: int, turn: int) -> Iterable[int]:
+    """`parts` different indices below `total` (all of them if there are fewer), evenly spread;
+    other ones at each `turn`."""
     parts = min(parts, total)
-    return (index * total // parts for index in range(parts))
+    return ((turn * TURN + index * total // parts) % total for index in range(parts))

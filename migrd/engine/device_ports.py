@@ -80,6 +80,10 @@ class OpenDevices(Protocol):
         """Read dirty bits of a mapped range with NO_CLEAR; None when the range has holes.
         Raises KernelError."""
 
+    async def is_mapped(self, hwpt: HwptRef, iova: int, length_bytes: int) -> bool:
+        """Is the range mapped without holes, at this moment? Reads no page table entry. Raises
+        KernelError."""
+
     async def close_at_exit(self, pidfd: int) -> None:
         """Close everything when the process of `pidfd` has exited; until then, or cancelled, wait.
         The pidfd stays the caller's, who may close it meanwhile."""

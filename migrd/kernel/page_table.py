@@ -167,14 +167,16 @@ class ForeignHwpt:
         on. Raises KernelRejected (not aligned), KernelGone, KernelUnsupported.
         """
         read = _Read(self.id, iova, length_bytes, page_size_bytes)
-        if not self._is_wholly_mapped(iova, length_bytes):
+        if not self.is_wholly_mapped(iova, length_bytes):
             return None
         read.make(self._context, _PEEK)
-        if not self._is_wholly_mapped(iova, length_bytes):
+        if not self.is_wholly_mapped(iova, length_bytes):
             return None
         return read.found
 
-    def _is_wholly_mapped(self, iova: int, length_bytes: int) -> bool:
+    def is_wholly_mapped(self, iova: int, length_bytes: int) -> bool:
+        """Whether the range is mapped without holes at this moment. Walks no page table. Raises
+        KernelGone."""
         return bool(self.ioases) and all(
             ioas.is_wholly_mapped(iova, length_bytes) for ioas in self.ioases
         )

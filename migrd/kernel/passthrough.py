@@ -208,14 +208,8 @@ class KernelOpenDevices:
         self, hwpt: HwptRef, iova: int, length_bytes: int, page_size_bytes: int
     ) -> DirtyPeek | None:
         """See the port. Raises KernelGone for one that the last `find_hwpts` did not find."""
-        foreign = self._hwpts.get(hwpt)
-        if foreign is None:
-            raise KernelGone(
-                f"page table {hwpt.hwpt_id} of iommufd {hwpt.iommufd} is not known",
-                code="hwpt_gone",
-            )
         started_s = time.monotonic()
-        found = await in_thread(foreign.peek, iova, length_bytes, page_size_bytes)
+        found = await in_thread(self._foreign(hwpt).peek, iova, length_bytes, page_size_bytes)
         if found is None:
             return None
         dirty_pages = await in_thread(lambda: found.dirty_pages)
@@ -227,6 +221,19 @@ class KernelOpenDevices:
             dirty_pages=dirty_pages,
             took_s=time.monotonic() - started_s,
         )
+
+    async def is_mapped(self, hwpt: HwptRef, iova: int, length_bytes: int) -> bool:
+        """See the port. Raises as `peek`."""
+        return await in_thread(self._foreign(hwpt).is_wholly_mapped, iova, length_bytes)
+
+    def _foreign(self, hwpt: HwptRef) -> ForeignHwpt:
+        foreign = self._hwpts.get(hwpt)
+        if foreign is None:
+            raise KernelGone(
+                f"page table {hwpt.hwpt_id} of iommufd {hwpt.iommufd} is not known",
+                code="hwpt_gone",
+            )
+        return foreign
 
     async def close_at_exit(self, pidfd: int) -> None:
         """See the port. Raises KernelGone for a descriptor that is not open."""

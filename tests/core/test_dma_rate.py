@@ -122,8 +122,12 @@ def test_poisson_intervals_hold_what_was_seen(count: int) -> None:
     assert math.isfinite(high)
 
 
-@given(st.integers(0, 1000), st.integers(1, 50))
-def test_parts_are_spread_and_different(total: int, parts: int) -> None:
-    chosen = list(spread_over(total, parts)) if total else []
+@given(st.integers(0, 1000), st.integers(1, 50), st.integers(0, 10**6))
+def test_parts_are_spread_and_different(total: int, parts: int, turn: int) -> None:
+    chosen = list(spread_over(total, parts, turn))
     assert len(set(chosen)) == min(total, parts)
     assert all(0 <= index < total for index in chosen)
+
+
+def test_every_slice_has_its_turn() -> None:
+    assert {index for turn in range(128) for index in spread_over(128, 1, turn)} == set(range(128))
