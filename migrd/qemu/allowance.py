@@ -9,16 +9,19 @@ never the request alone.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Final, Self
+from typing import Annotated, Final, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from migrd.core.vfio_launch import VfioLaunch
+from migrd.core.facts import SpecDevice
+from migrd.core.vfio_launch import VfioLaunchDevice
 from migrd.errors import Violation
 from migrd.qemu.command_line import OWN_ID
 
+Wanted: TypeAlias = Sequence[SpecDevice | VfioLaunchDevice]
+"""Devices of a request, or of the plan that was made for it."""
 DEVICE_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,62}")
 """What QEMU takes for an id, and sends in the migration stream."""
 
@@ -45,11 +48,9 @@ class PassthroughRules(BaseModel):
         return self.allowed and any(fnmatchcase(address.lower(), p.lower()) for p in patterns)
 
 
-def refused_devices(
-    profile: str, rules: PassthroughRules, devices: VfioLaunch
-) -> Iterator[Violation]:
+def refused_devices(profile: str, rules: PassthroughRules, devices: Wanted) -> Iterator[Violation]:
     """What is wrong with the devices of a request, all at once."""
-    if not rules.allowed:
+    if devices and not rules.allowed:
         text = (
             f"profile {profile} allows no passthrough devices; add `[passthrough]` with "
             "`allowed = true` to it, or take another profile"
@@ -57,7 +58,7 @@ def refused_devices(
         yield Violation("devices", "passthrough_forbidden", text)
         return
     ids: set[str] = set()
-    for number, device in enumerate(devices.devices):
+    for number, device in enumerate(devices):
         field = f"devices[{number}]"
         if not rules.permits(device.address):
             allowed = ", ".join(rules.addresses or ()) or "none"

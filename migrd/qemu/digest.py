@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from migrd.core.facts import SpecDevice
 from migrd.core.vfio_launch import VfioLaunchDevice
 from migrd.errors import Invalid, Violation
 from migrd.qemu.command_line import FIRMWARE, Argument, Placeholder
@@ -66,17 +67,13 @@ def launch_digest(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def visible_device(device: VfioLaunchDevice) -> Mapping[str, object]:
+def visible_device(device: SpecDevice | VfioLaunchDevice) -> Mapping[str, object]:
     """Of a passthrough device: which of the host's it is, how QEMU gets at it and in which iommufd
     object it is are not seen. Its order is, where QEMU chooses the guest's slot for it."""
-    properties = {k: v for k, v in device.properties.items() if k not in OF_THE_HOST}
-    return {
-        "kind": DRIVER,
-        "id": device.id,
-        "bus": device.guest_bus,
-        "addr": device.guest_address,
-        "properties": properties,
-    }
+    properties = device.properties if isinstance(device, VfioLaunchDevice) else {}
+    seen = {name: value for name, value in properties.items() if name not in OF_THE_HOST}
+    place = {"bus": device.guest_bus, "addr": device.guest_address}
+    return {"kind": DRIVER, "id": device.id, **place, "properties": seen}
 
 
 def _seen(argument: Argument, visible: Callable[[Argument, Placeholder], str]) -> str:

@@ -27,11 +27,13 @@ import fcntl
 import json
 import os
 import shutil
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
-from migrd.core.facts import VmSpec
+from migrd.core.facts import SpecDevice, VmSpec
+from migrd.core.tracking_request import TrackingPolicy
 from migrd.errors import Unavailable, VmmUnreachable
 from migrd.qemu.device_record import devices_as_json, devices_of_json
 from migrd.qemu.passthrough import KnownDevices
@@ -141,6 +143,8 @@ class LaunchRecord:
             "vm": self.spec.name,
             "profile": self.spec.profile,
             "parameters": dict(self.spec.parameters),
+            "wanted_devices": [asdict(device) for device in self.spec.devices],
+            "tracking_policy": self.spec.tracking_policy,
             "instance": self.instance,
             "incoming": self.incoming,
             "argv": list(self.argv),
@@ -164,7 +168,7 @@ class LaunchRecord:
             if fields["version"] != RECORD_VERSION or fields["vm"] != instance.vm:
                 return None
             return cls(
-                spec=VmSpec(instance.vm, fields["profile"], dict(fields["parameters"])),
+                spec=_spec(instance.vm, fields),
                 instance=str(fields["instance"]),
                 incoming=bool(fields["incoming"]),
                 argv=tuple(map(str, fields["argv"])),
@@ -177,6 +181,18 @@ class LaunchRecord:
             )
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
+
+
+def _spec(vm: str, fields: Mapping[str, Any]) -> VmSpec:
+    """Raises ValueError, KeyError, TypeError."""
+    policy = fields.get("tracking_policy")
+    return VmSpec(
+        name=vm,
+        profile=fields["profile"],
+        parameters=dict(fields["parameters"]),
+        devices=tuple(SpecDevice(**row) for row in fields.get("wanted_devices", ())),
+        tracking_policy=None if policy is None else TrackingPolicy(policy),
+    )
 
 
 def rewrite_devices(instance: Instance, devices: KnownDevices) -> None:

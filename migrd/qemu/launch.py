@@ -108,7 +108,10 @@ class QemuLauncher:
 
     def check(self, spec: VmSpec, devices: VfioLaunch | None = None) -> str:
         """Blocking (looks at files; shared storage may hang): call it by `in_thread`."""
-        return self._resolve(spec, devices=devices).digest(devices)
+        return self._resolve(spec, devices=devices).digest()
+
+    def memory_bytes(self, spec: VmSpec) -> int:
+        return self._resolve(spec).memory_kib * 1024
 
     async def probe(self, spec: VmSpec) -> tuple[str, frozenset[Feature]]:
         probed = await self._probe(spec)
@@ -193,7 +196,8 @@ class QemuLauncher:
 
     def _spawn(self, start: Start, started: list[Child]) -> tuple[LaunchRecord, Probed | None]:
         inherited, at = start.inherited, start.at
-        resolved = self._resolve(start.spec, at.name, inherited.launch)
+        planned = inherited.launch if inherited.launch.devices else None
+        resolved = self._resolve(start.spec, at.name, planned)
         own_bytes = inherited.locked_bytes(resolved.memory_kib * 1024)
         more = inherited.arguments()
         record = LaunchRecord(
@@ -201,7 +205,7 @@ class QemuLauncher:
             instance=at.name,
             incoming=start.incoming,
             argv=tuple(command_line(resolved, at, incoming=start.incoming, devices=more)),
-            digest=resolved.digest(inherited.launch),
+            digest=resolved.digest(),
             has_serial=resolved.profile.serial,
             requested_wall_s=time.time(),
             devices=inherited.known_devices,

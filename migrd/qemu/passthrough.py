@@ -13,11 +13,12 @@ up with it, if one did.
 Traps
 - device_add wants JSON types since QEMU 9.2: `true`, not "on", where a property is a bool, and "on"
   where it is an OnOffAuto. Older ones take both. So the types are asked for with the names.
-- Reasons without a device in them ("VFIO device doesn't support device and IOMMU dirty tracking")
-  may mean any device: then it is not known of any that it migrates.
+- A reason about VFIO that names no device (a vIOMMU, several devices without P2P) may mean any:
+  then it is not known of any that it migrates.
 - When a device cannot be moved into the next state nor back, QEMU resets it, lets the migration
   fail and the guest run on. Only error-desc (and stderr) says so, until the next migration: the
-  VFIO_MIGRATION events look as after a cancel.
+  VFIO_MIGRATION events look as after a cancel. With pause-before-switchover the reset comes first,
+  and the failure only when the migration is continued.
 """
 
 import re

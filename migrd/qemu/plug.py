@@ -10,6 +10,8 @@ Traps (seen on QEMU 10.0)
 - A name given to getfd is used up by whoever takes the descriptor, and closed by it when it fails
   later than that; one that was not taken stays until closefd. So closefd after each refusal, and
   its own refusal means that there was nothing to close.
+- A property that is not known, or has a wrong value, is found out after the descriptor was taken,
+  and then nobody closes it. So what can be known is looked at first.
 - QEMU never closes the descriptor of an iommufd object that was handed to it, not even when the
   object goes: one empty /dev/iommu stays open in QEMU until it ends. It pins no memory.
 - device_add pins all memory of the guest on the main loop: for a large guest that is seconds in
@@ -22,7 +24,7 @@ Traps (seen on QEMU 10.0)
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -63,6 +65,7 @@ async def plug(lane: Lane, device: VfioLaunchDevice, fds: PluggedFds) -> None:
         return
     types = await _properties(lane, DRIVER)
     _refuse_lacking(device, fds, passthrough.vfio_features(types, await _properties(lane, IOMMUFD)))
+    _refuse_unknown(device, types)
     made = None
     if device.iommufd is not None and await _is_new(lane, device.iommufd, fds.iommufd):
         made = device.iommufd
@@ -91,6 +94,14 @@ def _refuse_lacking(
     if lacking:
         text = f"this QEMU does not offer what {device.address} needs: {', '.join(lacking)}"
         raise VmmRefused(f"{text}; use a newer QEMU (10.0)", code="passthrough_unsupported")
+
+
+def _refuse_unknown(device: VfioLaunchDevice, types: Mapping[str, str]) -> None:
+    """Before QEMU does: it would keep the device's descriptor."""
+    unknown = sorted({*device.properties} - {*types})
+    if unknown:
+        text = f"{device.id}: QEMU's {DRIVER} has no property {', '.join(unknown)}"
+        raise VmmRefused(text, code="plug_refused")
 
 
 async def _is_new(lane: Lane, iommufd: str, fd: int | None) -> bool:

@@ -7,9 +7,7 @@ by which name it knows the device (migrd.qemu.passthrough).
 import asyncio
 import contextlib
 import logging
-import resource
 from collections.abc import Callable
-from typing import Final
 
 from migrd.core.vfio_launch import VfioLaunchDevice
 from migrd.engine.ports import PluggedFds
@@ -19,8 +17,6 @@ from migrd.qemu.passthrough import KnownDevices, name_in_new_reason
 from migrd.qemu.plug import Lane, plug, unplug
 from migrd.qemu.process import WatchedProcess
 from migrd.qemu.seen import Seen
-
-MIB: Final = 1 << 20
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +40,12 @@ class Plugging:
             lower = await self._room_to_lock() if self._maps_anew(device, fds) else None
             try:
                 await plug(self._lane, device, fds)
-            except VmmRefused:
+            except VmmRefused as refusal:
                 if lower is not None:
                     lower()
+                if memlock.NO_MEMORY in refusal.message:
+                    text = f"{refusal.message}; {memlock.CURE}"
+                    raise VmmRefused(text, code=refusal.code) from refusal
                 raise
             after = samples.read_blocked_reasons(await self._lane.ask("query-migrate"))
             self._known.add(device, name_in_new_reason(before, after))
@@ -63,23 +62,21 @@ class Plugging:
         return fds.iommufd is not None or (device.iommufd is None and is_first)
 
     async def _room_to_lock(self) -> Callable[[], None] | None:
-        """Raise the limit of a process that is ours; what undoes it. VmmRefused: not allowed to."""
+        """Raise the limit of a process that is ours; what undoes it."""
         pid = self._process.pid
         if pid is None or not self._process.is_ours or self._process.is_dead:
             return None  # who launched it sees to its limits
         summary = await self._lane.ask("query-memory-size-summary")
         memory_bytes = samples.read_memory_bytes(summary) or 0
         try:
-            before = resource.prlimit(pid, resource.RLIMIT_MEMLOCK)
-            memlock.raise_limit(pid, memlock.needed_bytes(memory_bytes, 1))
+            before = memlock.raise_limit(pid, memlock.needed_bytes(memory_bytes, 1))
         except OSError as failure:
-            why = f"{failure.strerror}; {memlock.LIMIT_CURE}"
-            text = f"QEMU (pid {pid}) cannot be given a device more: {why}"
-            raise VmmRefused(text, code="memory_lock_limit") from failure
+            log.warning("pid %d: its limit of locked memory stays: %s", pid, failure.strerror)
+            return None  # the kernel will say whether it was needed
 
         def lower() -> None:
             with contextlib.suppress(OSError):
                 if not self._process.is_dead:
-                    resource.prlimit(pid, resource.RLIMIT_MEMLOCK, before)
+                    memlock.restore(pid, before)
 
         return lower

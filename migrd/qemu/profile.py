@@ -45,10 +45,9 @@ from typing import Annotated, Final, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from migrd.core.vfio_launch import VfioLaunch
 from migrd.errors import Invalid, Violation
 from migrd.qemu import command_line
-from migrd.qemu.allowance import PassthroughRules, refused_devices
+from migrd.qemu.allowance import PassthroughRules, Wanted, refused_devices
 from migrd.qemu.command_line import Argument, Placeholder, TemplateError, UnfitValue
 from migrd.qemu.digest import content_digest, launch_digest, visible_device
 from migrd.qemu.parameters import BadValue, IntegerParameter, Parameter, PathParameter, Value
@@ -126,7 +125,7 @@ class LaunchProfile(BaseModel):
     def cpu_template(self) -> Argument:
         return command_line.parse_cpu(self.cpu)
 
-    def resolve(self, given: Mapping[str, Value], devices: VfioLaunch | None = None) -> "Resolved":
+    def resolve(self, given: Mapping[str, Value], devices: Wanted = ()) -> "Resolved":
         """Fill the profile. Raises Invalid with every parameter that is wrong, and every device
         that may not be brought. Blocking."""
         violations: list[Violation] = []
@@ -145,10 +144,9 @@ class LaunchProfile(BaseModel):
                 values[name] = parameter.check(value)
             except BadValue as bad:
                 violations.append(Violation(f"parameters.{name}", bad.code, str(bad)))
-        resolved = Resolved(self, values)
+        resolved = Resolved(self, values, devices)
         violations += resolved.unfit()
-        if devices is not None and devices.devices:
-            violations += refused_devices(self.name, self.passthrough, devices)
+        violations += refused_devices(self.name, self.passthrough, devices)
         if violations:
             text = "; ".join(f"{v.field}: {v.message}" for v in violations)
             raise Invalid(f"profile {self.name} cannot be used so: {text}", violations)
@@ -161,6 +159,8 @@ class Resolved:
 
     profile: LaunchProfile
     values: Mapping[str, Value]
+    devices: Wanted = ()
+    """Passthrough devices, in attach order."""
 
     def argv(self) -> list[str]:
         """The command line, as far as the profile says: without monitors, name, -S, -incoming."""
@@ -184,7 +184,7 @@ class Resolved:
         extra = is_tcg and "memory-backend=" not in self.profile.machine
         return self.memory_mib * 1024 + (TCG_EXTRA_KIB if extra else 0)
 
-    def digest(self, devices: VfioLaunch | None = None) -> str:
+    def digest(self) -> str:
         """sha256 of what the guest can see; equal on both hosts, or the guest cannot move there.
 
         Blocking: reads firmware. Raises Invalid for firmware that cannot be read.
@@ -197,8 +197,8 @@ class Resolved:
             "memory_kib": self.memory_kib,
             "serial": profile.serial,
         }
-        if devices is not None and devices.devices:
-            machine["passthrough"] = [visible_device(device) for device in devices.devices]
+        if self.devices:
+            machine["passthrough"] = [visible_device(device) for device in self.devices]
         return launch_digest(machine, profile.template, self._visible)
 
     def unfit(self) -> list[Violation]:

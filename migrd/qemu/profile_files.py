@@ -51,7 +51,8 @@ class Profiles:
         )
 
     def resolve(self, spec: VmSpec, devices: VfioLaunch | None = None) -> Resolved:
-        """Fill the profile that a VM names. Blocking (looks at files).
+        """Fill the profile that a VM names; `devices`: as they are to be given to QEMU, where that
+        is decided already. Blocking (looks at files).
 
         Raises NotFound for the profile, Invalid with every parameter that is wrong and every
         passthrough device that it does not allow.
@@ -59,7 +60,8 @@ class Profiles:
         if spec.profile is None:
             text = f"VM {spec.name} names no launch profile"
             raise Invalid(text, [Violation("profile", "no_launch_profile", text)])
-        return self.find(spec.profile).resolve(spec.parameters, devices)
+        wanted = spec.devices if devices is None else devices.devices
+        return self.find(spec.profile).resolve(spec.parameters, wanted)
 
 
 def load_profiles(directory: Path) -> Profiles:

@@ -29,7 +29,6 @@ from typing import Final
 from migrd.errors import Conflict, VmmDied
 from migrd.qemu import memlock
 from migrd.qemu.instances import Instance, LaunchRecord, open_locked_log
-from migrd.qemu.memlock import LIMIT, LIMIT_CURE
 from migrd.qemu.process import ProcessIdentity, hold_child
 
 PASSED_ON: Final = ("PATH", "TMPDIR", "TZ")
@@ -88,12 +87,11 @@ def spawn(
             raise  # the caller ends it
         with contextlib.suppress(OSError):
             instance.remove()
-        cure = "see to `host.runtime_dir`"
-        if failure.filename in (record.argv[0], None):
-            cure = f"install QEMU, or mend `binary` of profile {record.spec.profile}"
-        elif failure.filename == LIMIT:
-            cure = LIMIT_CURE
-        raise _not_started(instance, failure, cure) from failure
+        cure = f"install QEMU, or mend `binary` of profile {record.spec.profile}"
+        is_binary = failure.filename in (record.argv[0], None)
+        raise _not_started(
+            instance, failure, cure if is_binary else "see to `host.runtime_dir`"
+        ) from failure
 
 
 def _start(

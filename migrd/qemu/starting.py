@@ -22,6 +22,7 @@ from typing import Any, Final
 from migrd.core.facts import RunState, VmSpec
 from migrd.engine.threads import in_thread
 from migrd.errors import Invalid, Violation, VmmDied, VmmError, VmmTimedOut, VmmUnreachable
+from migrd.qemu import memlock
 from migrd.qemu.adoption import VM_NAME
 from migrd.qemu.inheriting import Inherited
 from migrd.qemu.instances import Instance, identity_by_socket, lock_says
@@ -174,6 +175,8 @@ async def end_failed(known: Known, at: Instance, cause: BaseException) -> VmmErr
         log.error("%s: pid %s, %s", text, process.pid, at.directory)
         return VmmTimedOut(text)
     words = at.last_words()
+    if memlock.NO_MEMORY in words and known.machine.devices.launch.devices:
+        words += f"; {memlock.CURE}"
     with contextlib.suppress(OSError):
         await in_thread(at.remove)
     text = f"QEMU of {at.vm} did not start ({process.ending}): {words or why}"

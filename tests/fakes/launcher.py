@@ -7,8 +7,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
-from migrd.core.facts import Feature, VmSpec
-from migrd.core.vfio_launch import QemuVfioFeature, VfioLaunch
+from migrd.core.facts import Feature, SpecDevice, VmSpec
+from migrd.core.vfio_launch import QemuVfioFeature, VfioLaunch, VfioLaunchDevice
 from migrd.engine.ports import PassedDevices, Vmm
 from migrd.errors import Conflict, Invalid, NotFound, Violation, VmmDied
 from tests.fakes.guest import Guest
@@ -17,6 +17,7 @@ from tests.fakes.vmm import FakeVmm
 from tests.fakes.wire import GOOD_BYTES_PER_S, FakeWire
 
 LAUNCH_S = 0.05
+Wanted = Sequence[SpecDevice | VfioLaunchDevice]
 
 
 class Ground:
@@ -48,7 +49,7 @@ class FakeHost:
         self.make = Make()
         self.profiles: dict[str, str] = {"tiny": "pc, 256 MiB"}
         self.allowed_devices: dict[str, frozenset[str]] = {}
-        """Profile -> addresses of passthrough devices that a request may bring; absent: none."""
+        """Profile -> addresses of passthrough devices that a request may bring; absent: any."""
         self.launch_fails: str | None = None
         self.qemus: list[FakeQemu] = []
         """All whose files are on this host's disk, dead ones included."""
@@ -114,19 +115,21 @@ class FakeLauncher:
         if spec.profile not in self.host.profiles:
             raise NotFound(f"no profile {spec.profile} on {self.host.name}", code="unknown_profile")
         seen: list[object] = [self.host.profiles[spec.profile], sorted(spec.parameters.items())]
-        if devices is not None and devices.devices:
-            self._refuse_devices(spec.profile, devices)
-            seen += [[d.id, d.guest_bus, d.guest_address] for d in devices.devices]
+        wanted: Wanted = spec.devices if devices is None else devices.devices
+        self._refuse_devices(spec.profile, wanted)
+        seen += [[d.id, d.guest_bus, d.guest_address] for d in wanted]
         return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
-    def _refuse_devices(self, profile: str, devices: VfioLaunch) -> None:
+    def _refuse_devices(self, profile: str, devices: Wanted) -> None:
         allowed = self.host.allowed_devices.get(profile)
-        if allowed is None:
+        if allowed is None or not devices:
+            return
+        if not allowed:
             text = f"profile {profile} allows no passthrough devices"
             raise Invalid(text, [Violation("devices", "passthrough_forbidden", text)])
         violations = [
             Violation(f"devices[{n}].address", "device_not_allowed", f"{d.address} is not allowed")
-            for n, d in enumerate(devices.devices)
+            for n, d in enumerate(devices)
             if d.address not in allowed
         ]
         if violations:

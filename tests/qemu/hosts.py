@@ -43,14 +43,14 @@ class Host:
     adopt = property(lambda self: self.root / "a")
     run = property(lambda self: self.root / "r")
 
-    def add_profile(self, name: str, *changes: tuple[str, str]) -> None:
-        """lab.toml for this host, changed."""
+    def add_profile(self, name: str, *changes: tuple[str, str], more: str = "") -> None:
+        """lab.toml for this host, changed, and with more tables."""
         text = LAB.read_text().replace("/var/lib/migrd/firmware", str(self.firmware))
         text = text.replace("/usr/bin/qemu-system-x86_64", str(self.binary))
         for old, new in changes:
             assert old in text
             text = text.replace(old, new)
-        (self.profiles / f"{name}.toml").write_text(text)
+        (self.profiles / f"{name}.toml").write_text(f"{text}\n{more}")
 
     def add_script(self, text: str) -> Path:
         """A program to stand as `binary`."""
