@@ -22,10 +22,18 @@ Traps
 """
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
-from migrd.core.devices import Capability, Device, DeviceKind, DeviceMigration, Unknown
+from migrd.core.devices import (
+    Capability,
+    Device,
+    DeviceKind,
+    DeviceMigration,
+    IommuInstance,
+    Unknown,
+)
 from migrd.kernel.sysfs import Directory, Roots, shown
 
 BDF: Final = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
@@ -56,10 +64,12 @@ def has_vfio_driver(device: Device) -> bool:
     return device.vfio_cdev is not None or "vfio" in (device.driver or "")
 
 
-def read_function(bus: Directory, address: str, roots: Roots) -> Device | None:
+def read_function(
+    bus: Directory, address: str, roots: Roots, iommus: Mapping[str, IommuInstance]
+) -> Device | None:
     """One PCI function, by its link in /sys/bus/pci/devices; None when it has gone.
 
-    `roots.sys` must be a real path. What its IOMMU can do is not known here.
+    `roots.sys` must be a real path.
     """
     trouble: list[str] = []
     opened = bus.child(address, roots.sys, trouble)
@@ -73,10 +83,12 @@ def read_function(bus: Directory, address: str, roots: Roots) -> Device | None:
         is_vfio = registered or "vfio" in (driver or "")
         numa_node = device.number("numa_node", 10, lowest=-1)
         vendor_id, device_id, class_code = _identity(device)
+        iommu = device.link("iommu")
         return Device(
             address,
             DeviceKind.VFIO_PCI,
-            iommu=device.link("iommu"),
+            iommu=iommu,
+            iommu_dirty_tracking=_NO_IOMMU if iommu is None else tracking_of(iommu, iommus),
             driver=driver,
             driver_override=None if driver else _driver_override(device),
             vendor_id=vendor_id,
@@ -92,7 +104,9 @@ def read_function(bus: Directory, address: str, roots: Roots) -> Device | None:
         )
 
 
-def read_mdev(bus: Directory, uuid: str, roots: Roots) -> Device | None:
+def read_mdev(
+    bus: Directory, uuid: str, roots: Roots, iommus: Mapping[str, IommuInstance]
+) -> Device | None:
     """One mediated device, by its link in /sys/bus/mdev/devices; None when it has gone."""
     trouble: list[str] = []
     opened = bus.child(uuid, roots.sys, trouble)
@@ -102,21 +116,27 @@ def read_mdev(bus: Directory, uuid: str, roots: Roots) -> Device | None:
         driver = device.link("driver")
         registered, cdev = _vfio_device(device, roots)
         iommu = device.link("iommu")
-        unasked = _unasked(driver, registered or "vfio" in (driver or ""))
-        if iommu is None:
-            unasked["iommu_dirty_tracking"] = _MDEV_TRACKING
         return Device(
             uuid,
             DeviceKind.VFIO_MDEV,
             iommu=iommu,
+            iommu_dirty_tracking=_MDEV_TRACKING if iommu is None else tracking_of(iommu, iommus),
             driver=driver,
             iommu_group=_group(device),
             mdev_parent=device.path.split("/")[-2],
             mdev_type=device.link("mdev_type"),
             vfio_cdev=cdev,
-            **unasked,
+            **_unasked(driver, registered or "vfio" in (driver or "")),
             trouble=tuple(trouble),
         )
+
+
+def tracking_of(iommu: str, iommus: Mapping[str, IommuInstance]) -> Capability:
+    """What sysfs lets expect of the instance of that name."""
+    instance = iommus.get(iommu)
+    if instance is not None:
+        return instance.dirty_tracking
+    return Capability.unknown(Unknown.NO_IOMMU, f"{iommu} is not in class/iommu")
 
 
 def _of_nothing(address: str, kind: DeviceKind, trouble: list[str]) -> Device:
@@ -203,7 +223,6 @@ def _unasked(driver: str | None, is_vfio: bool) -> dict[str, Any]:
     """The facts that only a probe gives, with the reason why they are not known yet."""
     unknown, migration = _unknown(driver, is_vfio)
     return {
-        "iommu_dirty_tracking": _NO_IOMMU,
         "dma_logging": unknown,
         "migration": migration,
         "cache_coherent": unknown,

@@ -14,13 +14,13 @@ a device stands in the device, the rest in `HostScan.trouble`.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from migrd.core.devices import Device, IommuInstance, KernelFacts
-from migrd.kernel import host_devices
-from migrd.kernel.host_devices import BDF, UUID, is_infrastructure
+from migrd.kernel.host_devices import BDF, UUID, is_infrastructure, read_function, read_mdev
 from migrd.kernel.host_iommus import read_iommu, read_iommus
 from migrd.kernel.host_kernel import NOT_READ, read_command_line, read_kernel
 from migrd.kernel.iommu_registers import scalable_mode_is_off
@@ -28,8 +28,22 @@ from migrd.kernel.sysfs import Directory, Roots, bounded, shown
 
 Key = TypeVar("Key", int, str)
 
-_PCI = "bus/pci/devices"
-_MDEV = "bus/mdev/devices"
+Iommus = Mapping[str, IommuInstance]
+
+
+@dataclass(frozen=True)
+class Bus:
+    """A directory of links to devices."""
+
+    path: str
+    address: re.Pattern[str]
+    named: str
+    """What its entries should be, for people."""
+    read: Callable[[Directory, str, Roots, Iommus], Device | None]
+
+
+_PCI: Final = Bus("bus/pci/devices", BDF, "a PCI address", read_function)
+_MDEV: Final = Bus("bus/mdev/devices", UUID, "the UUID of an mdev", read_mdev)
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,10 @@ def scan_host(roots: Roots) -> HostScan:
     iommus = read_iommus(roots, scalable_mode_off, trouble)
     devices = {
         device.address: device
-        for device in (*_scan_functions(roots, trouble), *_scan_mdevs(roots, trouble))
+        for device in (
+            *_scan(roots, _PCI, iommus, trouble),
+            *_scan(roots, _MDEV, iommus, trouble),
+        )
         if not is_infrastructure(device)
     }
     index = _index_with(Index({}, {}, {}), (), devices.values())
@@ -80,7 +97,7 @@ def scan_again(roots: Roots, before: HostScan, addresses: Iterable[str]) -> Host
     for address in sorted(set(addresses)):
         if (was := devices.pop(address, None)) is not None:
             old.append(was)
-        now = _read_one(roots, address, trouble)
+        now = _read_one(roots, address, before.iommus, trouble)
         if now is not None and not is_infrastructure(now):
             devices[address] = now
             new.append(now)
@@ -98,39 +115,26 @@ def _real(roots: Roots) -> Roots:
     return replace(roots, sys=os.path.realpath(roots.sys))
 
 
-def _scan_functions(roots: Roots, trouble: list[str]) -> Iterable[Device]:
-    opened = Directory.open(f"{roots.sys}/{_PCI}", trouble)
+def _scan(roots: Roots, bus: Bus, iommus: Iommus, trouble: list[str]) -> Iterable[Device]:
+    """All devices of one bus."""
+    opened = Directory.open(f"{roots.sys}/{bus.path}", trouble)
     if opened is None:
         return
-    with opened as bus:
-        for name in bus.names():
-            if not BDF.fullmatch(name):
-                trouble.append(f"{_PCI}: {shown(name)} is not a PCI address")
-            elif (device := host_devices.read_function(bus, name, roots)) is not None:
+    with opened as directory:
+        for name in directory.names():
+            if not bus.address.fullmatch(name):
+                trouble.append(f"{bus.path}: {shown(name)} is not {bus.named}")
+            elif (device := bus.read(directory, name, roots, iommus)) is not None:
                 yield device
 
 
-def _scan_mdevs(roots: Roots, trouble: list[str]) -> Iterable[Device]:
-    opened = Directory.open(f"{roots.sys}/{_MDEV}", trouble)
+def _read_one(roots: Roots, address: str, iommus: Iommus, trouble: list[str]) -> Device | None:
+    bus = _PCI if _PCI.address.fullmatch(address) else _MDEV
+    opened = Directory.open(f"{roots.sys}/{bus.path}", trouble)
     if opened is None:
-        return
-    with opened as bus:
-        for name in bus.names():
-            if not UUID.fullmatch(name):
-                trouble.append(f"{_MDEV}: {shown(name)} is not the UUID of an mdev")
-            elif (device := host_devices.read_mdev(bus, name, roots)) is not None:
-                yield device
-
-
-def _read_one(roots: Roots, address: str, trouble: list[str]) -> Device | None:
-    is_function = BDF.fullmatch(address) is not None
-    bus = Directory.open(f"{roots.sys}/{_PCI if is_function else _MDEV}", trouble)
-    if bus is None:
         return None
-    with bus:
-        if is_function:
-            return host_devices.read_function(bus, address, roots)
-        return host_devices.read_mdev(bus, address, roots)
+    with opened as directory:
+        return bus.read(directory, address, roots, iommus)
 
 
 def _iommus_again(

@@ -8,8 +8,8 @@
 Rules
 1. The full scan is the truth; uevents only make it come sooner, for one device. They may be lost.
 2. Only one scan runs at a time. What happens meanwhile is gathered: addresses in a set of bounded
-   size, and past its bound the next scan is a full one. Between scans it rests for as long as the
-   last one took, so that a storm of uevents costs half of one thread at most.
+   size, and past its bound the next scan is a full one. After a scan that uevents brought
+   about it rests for as long as that took, so that a storm of them costs half of a thread at most.
 3. Whoever asks for a rescan gets one that began after the question, possibly with others.
 4. `current` is replaced as a whole, on the event loop, and only if something has changed; then its
    generation has grown by one. Snapshots are equal or newer, never mixed.
@@ -174,15 +174,17 @@ class HostInventory:
             except TimeoutError:
                 pass
             began_s = time.monotonic()
+            is_due = began_s >= due_s
             taken = pending.take()
             self._forget(taken)
-            if taken.everything or began_s >= due_s:
+            if taken.everything or is_due:
                 await self.rescan()
                 due_s = time.monotonic() + self._rescan_every_s
             else:
                 async with self._scanning:
                     await self._look(frozenset(taken.addresses))
-            await asyncio.sleep(min(MAX_REST_S, time.monotonic() - began_s))
+            if not is_due:
+                await asyncio.sleep(min(MAX_REST_S, time.monotonic() - began_s))
 
     def _forget(self, taken: Pending) -> None:
         if taken.ended:

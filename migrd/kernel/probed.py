@@ -29,6 +29,7 @@ from migrd.core.devices import (
     IommuInstance,
     Unknown,
 )
+from migrd.kernel.host_devices import tracking_of
 from migrd.kernel.host_scan import HostScan
 
 MAX_GROUP_SHOWN = 256
@@ -130,7 +131,9 @@ def assemble(
         name: _completed_iommu(instance, scan, answers) for name, instance in scan.iommus.items()
     }
     if previous is None:
-        devices = {name: _completed(scan.devices[name], scan, answers) for name in scan.devices}
+        devices = {
+            name: _completed(scan.devices[name], scan, answers) for name in sorted(scan.devices)
+        }
     else:
         devices = dict(previous.devices)
         for name in changed:
@@ -173,7 +176,10 @@ def _completed(device: Device, scan: HostScan, answers: Answers) -> Device:
     """A device as sysfs shows it, with what others and probes say of it."""
     changes: dict[str, Any] = {}
     if device.iommu is not None:
-        changes["iommu_dirty_tracking"] = _tracking(device.iommu, scan, answers)
+        learned = answers.iommus.get(device.iommu)
+        tracking = learned or tracking_of(device.iommu, scan.iommus)
+        if tracking is not device.iommu_dirty_tracking:
+            changes["iommu_dirty_tracking"] = tracking
     functions = scan.index.functions_of.get(device.address)
     if functions:
         changes["virtual_functions"] = functions
@@ -181,19 +187,9 @@ def _completed(device: Device, scan: HostScan, answers: Answers) -> Device:
         members = scan.index.in_group[device.iommu_group]
         if len(members) > 1:
             _add_group(device, members, changes)
-    full = replace(device, **changes)
+    full = replace(device, **changes) if changes else device  # there may be thousands
     told = answers.devices.get(device.address)
     return full if told is None or not _is_same(full, told) else _with_answers(full, told)
-
-
-def _tracking(iommu: str, scan: HostScan, answers: Answers) -> Capability:
-    learned = answers.iommus.get(iommu)
-    if learned is not None:
-        return learned
-    instance = scan.iommus.get(iommu)
-    if instance is not None:
-        return instance.dirty_tracking
-    return Capability.unknown(Unknown.NO_IOMMU, f"{iommu} is not in class/iommu")
 
 
 def _add_group(device: Device, members: tuple[str, ...], changes: dict[str, Any]) -> None:

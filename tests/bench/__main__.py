@@ -5,6 +5,7 @@
     watching  one daemon that watches 200 VMs at 1 Hz
     scraping  a scrape of 10,000 series
     calls     one QMP command, one journal record, one message to a peer
+    inventory a host with 4,096 PCI functions: full scan, one uevent, event loop
 
 Without a name all run, with 9 runs each (medians of these; interleaved, so that all sides meet the
 same machine). Exit code: 0 every figure is within its bound, 1 one is not, 2 wrong usage.
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
-from tests.bench import calls, moving, scraping, virsh, watching
+from tests.bench import calls, inventory, moving, scraping, virsh, watching
 from tests.bench.figures import Table
 
 RUNS: Final = 9
@@ -29,6 +30,7 @@ BENCHES: Final[Mapping[str, Callable[[int], Awaitable[Table]]]] = {
     "watching": watching.run,
     "scraping": scraping.run,
     "calls": calls.run,
+    "inventory": inventory.run,
 }
 
 
