@@ -92,32 +92,32 @@ class TestHugePages(OnTheKernel, WithBench):
 
 # ---- other processes
 
+# It imports little and is run without `site`: under TCG each module costs.
 VMM = """
 import mmap, socket, sys
 from migrd.kernel.iommufd import Iommufd
-from tests.contract.iommufd_bench import IOVA, PAGE
 from tests.lab.iommufd_test import SelftestKernel
 
 def say(*words):
     print(*words, flush=True)
 
-kernel, length = SelftestKernel(), int(sys.argv[1])
+kernel = SelftestKernel()
+iova, page, length, *channels = map(int, sys.argv[1:])
 iommufd = Iommufd(kernel.open())
 ioas = iommufd.allocate_ioas()
 device = kernel.mock_device(iommufd.fileno(), ioas.id)
 hwpt = iommufd.allocate_hwpt(device.dev_id, ioas, dirty_tracking=True)
 kernel.attach(iommufd.fileno(), device.stdev_id, hwpt.id)
 memory = mmap.mmap(-1, length)
-ioas.map(memory, IOVA)
+ioas.map(memory, iova)
 hwpt.set_tracking(True)
-kernel.make_dirty(iommufd.fileno(), hwpt.id, IOVA, [4, 10])
-if len(sys.argv) > 2:
-    channel = socket.socket(fileno=int(sys.argv[2]))
-    socket.send_fds(channel, [b"x"], [iommufd.fileno()])
+kernel.make_dirty(iommufd.fileno(), hwpt.id, iova, [4, 10])
+for channel in channels:
+    socket.send_fds(socket.socket(fileno=channel), [b"x"], [iommufd.fileno()])
 say(iommufd.fileno(), ioas.id, hwpt.id)
 for line in sys.stdin:
     if line.strip() == "read":
-        say(hwpt.peek(IOVA, length, PAGE).dirty_pages)
+        say(hwpt.peek(iova, length, page).dirty_pages)
     elif line.strip() == "unmap":
         ioas.unmap(ioas.mappings[0], drop_dirty=True)
         say("unmapped")
@@ -130,7 +130,7 @@ class Vmm:
     def __init__(self, length: int, *, channel: socket.socket | None = None) -> None:
         passed = [] if channel is None else [channel.fileno()]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", VMM, str(length), *map(str, passed)],
+            [sys.executable, "-S", "-c", VMM, *map(str, [IOVA, PAGE, length, *passed])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
