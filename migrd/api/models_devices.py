@@ -226,6 +226,8 @@ class Device(WireModel):
     """The VM that has it; null: none that is known."""
     verdict: DeviceVerdict
     driver: str | None
+    driver_override: str | None
+    """Of a function without a driver: the only one that would be bound to it."""
     iommu: str | None
     """The instance it is behind, as /v1/host names it."""
     iommu_dirty_tracking: Capability
@@ -240,6 +242,7 @@ class Device(WireModel):
     """Of a VF: its PF."""
     virtual_functions: tuple[str, ...]
     mdev_parent: str | None
+    mdev_type: str | None
     vfio_cdev: str | None
     numa_node: int | None
     vendor_id: Hex | None
@@ -261,6 +264,7 @@ class Device(WireModel):
             in_use_by=view.in_use_by,
             verdict=DeviceVerdict.of(view.verdict),
             driver=safe_or_none(known.driver),
+            driver_override=safe_or_none(known.driver_override),
             iommu=safe_or_none(known.iommu),
             iommu_dirty_tracking=Capability.of(known.iommu_dirty_tracking),
             dma_logging=Capability.of(known.dma_logging),
@@ -270,6 +274,7 @@ class Device(WireModel):
             physical_function=safe_or_none(known.physical_function),
             virtual_functions=_several(known.virtual_functions),
             mdev_parent=safe_or_none(known.mdev_parent),
+            mdev_type=safe_or_none(known.mdev_type),
             vfio_cdev=safe_or_none(known.vfio_cdev),
             numa_node=known.numa_node,
             vendor_id=hexed(known.vendor_id, 4),

@@ -11,7 +11,7 @@ from tests.cli.conftest import PROGRAM, Run, parsed
 from tests.cli.scripted_daemon import Daemon
 from tests.cli.scripted_view import ODD
 from tests.cli.terminal import Terminal
-from tests.fakes.inventory import CAN, NOT_KNOWN, inventory, mixed_host, pci
+from tests.fakes.inventory import CAN, NOT_KNOWN, inventory, mdev, mixed_host, pci
 
 VF = "0000:41:00.1"
 NVME = "0000:81:00.0"
@@ -129,6 +129,13 @@ def test_one_device_is_shown_with_its_reasons(run: Run) -> None:
     assert "numa_node: empty" in out
     assert "Why" in out
     assert "[iommu_no_dirty_tracking]" in out
+
+
+def test_a_device_without_a_driver_says_which_would_be_bound(run: Run, daemon: Daemon) -> None:
+    bare = pci(VF, driver=None, driver_override="vfio-pci", vfio_cdev=None)
+    become(daemon, inventory([CAN], [bare, mdev(MDEV, mdev_type="mtty-2")]))
+    assert "none; only vfio-pci would be bound" in run("devices", VF).stdout
+    assert "mtty-2" in run("devices", MDEV).stdout
 
 
 def test_a_verdict_that_rests_on_the_unknown_has_a_question_mark(run: Run) -> None:

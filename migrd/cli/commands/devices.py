@@ -161,7 +161,7 @@ def _facts(device: Seen) -> list[tuple[str, Cell]]:
         ("verdict", _verdict(device.part("verdict"))),
         ("in use by", device.text("in_use_by", "no VM that is known")),
         ("kind", word(device.text("kind"))),
-        ("driver", device.text("driver", "none")),
+        ("driver", _driver(device)),
         ("ready for a VM", yes_no(device.part("verdict").flag("can_start"))),
         ("vendor, device, class", _identity(device)),
         ("IOMMU", device.text("iommu", "none")),
@@ -172,12 +172,20 @@ def _facts(device: Seen) -> list[tuple[str, Cell]]:
         ("physical function", device.text("physical_function", "")),
         ("virtual functions", _several(device.words("virtual_functions"))),
         ("parent", device.text("mdev_parent", "")),
+        ("type", device.text("mdev_type", "")),
         ("character device", device.text("vfio_cdev", "")),
         ("NUMA node", device.text("numa_node", "")),
         ("can be reset", capability(device.part("can_reset"))),
         ("DMA is coherent", capability(device.part("cache_coherent"))),
         ("could not be read", "; ".join(device.words("trouble")[:MOST_LISTED])),
     ]
+
+
+def _driver(device: Seen) -> str:
+    override = device.text("driver_override", "")
+    if override and device.raw("driver") is None:
+        return f"none; only {override} would be bound"
+    return device.text("driver", "none")
 
 
 def _identity(device: Seen) -> str:
