@@ -21,6 +21,7 @@ from migrd.core.tracking_facts import Traits, excluded_by_tracking
 from migrd.core.tracking_layout import Layout
 from migrd.core.tracking_plan import Tracker
 from migrd.core.tracking_reasons import Migratability, Probe, Reason, ReasonCode
+from migrd.core.tracking_request import TrackingPolicy
 from migrd.core.tracking_words import (
     UNTIL_UNPLUGGED,
     name,
@@ -137,12 +138,13 @@ def _why_not_iommu(one: Traits, layout: Layout, lowers: Migratability | None) ->
             lowers,
         )
     if one.cap is not NO:
+        is_never = request.policy is TrackingPolicy.NEVER
+        why = "policy never" if is_never else "not all devices of the VM can be tracked"
         return Reason(
             ReasonCode.NOT_REQUESTED,
             one.id,
-            f"{name(one)}: dirty tracking of its IOMMU is not requested (policy "
-            f"{request.policy.value})",
-            "choose policy always, or take away what cannot be tracked",
+            f"{name(one)}: dirty tracking of its IOMMU is not requested ({why})",
+            "choose policy auto or always" if is_never else "take away what cannot be tracked",
             lowers,
         )
     return no_iommu_tracking(one, lowers, is_legacy=layout.is_legacy)
