@@ -4,6 +4,12 @@ Each hole is shown open, and then closed by what migrd plans instead: another or
 another iommufd object. Devices are mttys behind the mock IOMMU: "able" ones have a page table that
 can track dirty pages, "unable" ones have not.
 
+What was seen, against what the code of QEMU lets one expect: H1, H2 and H4 as read. H3 is worse: a
+device that nothing tracks, forced to migrate, was expected to make QEMU take all memory for
+dirty where it has an iommufd object to itself. QEMU 10.0 does not: with nothing to start, no
+tracking counts as started, so the sync that would mark all memory is never made. Migration must
+not be forced on over iommufd at all.
+
 mtty's own DMA log is a stub, so where a device is to have none, QEMU is told to leave it alone
 (IOMMU_ONLY), and where it has one, nothing is said of it (LOGS). Nobody's DMA is really lost here:
 what is shown is what QEMU asks the kernel for, and what it never asks.
@@ -13,14 +19,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.lab.bare_qemu import until
 from tests.lab.guest.nested import IOMMU_ONLY, Device, Nested, nested
-from tests.lab.guest.raw import mtty
+from tests.lab.guest.raw import MIB, mtty
 
 LOGS = ""
 FORCED = f"{IOMMU_ONLY},enable-migration=on"
@@ -33,7 +39,7 @@ PORTS = (
 UNTRACKED = "doesn't support device and IOMMU dirty tracking"
 
 
-PAGES = (64 << 20) // 4096
+PAGES = 64 * MIB // 4096
 
 
 class Mttys:
@@ -67,11 +73,14 @@ def tracked_tables(qemu: Nested) -> set[str]:
     return {found.group(1) for line in lines if (found := re.search(r"hwpt=(\d+) enable=1", line))}
 
 
-async def move(source: Nested, destination: Nested) -> int:
+async def move(
+    source: Nested, destination: Nested, meanwhile: Callable[[], object] = lambda: None
+) -> int:
     """Migrate; returns how many pages were sent by the third dirty sync (PAGES is each once)."""
     ram: dict[str, int] = {}
 
     async def synced_thrice() -> bool:
+        meanwhile()
         found = await source.qemu.qmp("query-migrate")
         ram.update(found.get("ram", {}))
         return bool(found["status"] == "completed" or ram.get("dirty-sync-count", 0) >= 3)
@@ -91,6 +100,26 @@ async def move(source: Nested, destination: Nested) -> int:
     await source.qemu.qmp("migrate-set-parameters", downtime_limit=10_000)
     await until(completed, "the migration completes", within_s=60)
     return ram["normal"] + ram["duplicate"]
+
+
+async def test_what_an_able_device_writes_is_sent_again(mttys: Mttys, tmp_path: Path) -> None:
+    """So that in the other tests, what is not sent again was not taken for dirty."""
+
+    def able() -> Device:
+        return Device("able", mttys.able())
+
+    async with (
+        nested(tmp_path, able()) as source,
+        nested(tmp_path, able(), name="destination", incoming=True) as destination,
+    ):
+        [line] = source.trace("iommufd_backend_alloc_hwpt")
+        hwpt = int(line.partition("out_hwpt=")[2].split()[0])
+
+        def write_to_all() -> None:
+            with contextlib.suppress(OSError):  # EINVAL until QEMU turns tracking on
+                source.iommufds["iommufd0"].make_dirty(hwpt, MIB, 63 * MIB)
+
+        assert await move(source, destination, meanwhile=write_to_all) >= 1.9 * PAGES
 
 
 async def test_h1_an_able_device_after_an_unable_one_is_blocked_for_nothing(
@@ -161,7 +190,7 @@ async def test_h3_migration_forced_on_beside_an_able_device_leaves_an_unable_one
         assert sent < 2 * PAGES, "nor is all memory taken for dirty"
 
 
-async def test_h3_alone_in_its_object_all_memory_is_taken_for_dirty_instead(
+async def test_h3_alone_in_its_object_it_is_not_watched_either_and_qemu_only_warns(
     mttys: Mttys, tmp_path: Path
 ) -> None:
     def alone() -> Device:
@@ -172,7 +201,9 @@ async def test_h3_alone_in_its_object_all_memory_is_taken_for_dirty_instead(
         nested(tmp_path, alone(), name="destination", incoming=True) as destination,
     ):
         assert await source.blocked_reasons() == []
-        assert await move(source, destination) >= 2 * PAGES
+        assert await move(source, destination) < 2 * PAGES, "memory is not taken for dirty"
+        assert source.trace("vfio_get_dirty_bitmap") == [], "QEMU does not even ask"
+        assert UNTRACKED in source.qemu.stderr()
 
 
 async def test_h4_after_the_able_device_was_unplugged_the_forced_one_is_still_not_watched(
@@ -191,4 +222,4 @@ async def test_h4_after_the_able_device_was_unplugged_the_forced_one_is_still_no
         assert await source.blocked_reasons() == []
         sent = await move(source, destination)
         assert tracked_tables(source) == set()
-        assert sent < 2 * PAGES, "as if it were watched, unlike in H3 alone"
+        assert sent < 2 * PAGES, "nor is all memory taken for dirty"

@@ -10,7 +10,6 @@ import pytest
 
 from tests.lab.guest.raw import CAN_TRACK, DIRTY_TRACKING, MIB, NO_DIRTY, Iommufd
 
-
 MOCK = "iommufd_selftest_iommu.0"
 
 
