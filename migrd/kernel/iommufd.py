@@ -19,6 +19,7 @@ Rules
 How what is mapped is known: `io_address_space`. How dirty bits are not lost: `page_table`.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -37,6 +38,7 @@ from migrd.kernel.iommufd_calls import (
     GET_HW_INFO,
     GETFD,
     IS_IOMMUFD,
+    LIST,
     OPEN,
     Context,
     hwpt_alloc,
@@ -62,6 +64,24 @@ def pidfd_getfd(pidfd: int, number: int) -> int:
     if got < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return got
+
+
+def numbers_in(pid: int, proc: str = "/proc") -> tuple[int, ...]:
+    """The descriptors of a process that are a /dev/iommu, for `Iommufd.from_process`.
+
+    Two of them may be the same one, duplicated. Raises KernelDenied, KernelGone.
+    """
+    directory = f"{proc}/{pid}/fd"
+    try:
+        numbers = [name for name in os.listdir(directory) if name.isdecimal()]
+    except OSError as cause:
+        raise kernel_error(cause, f"list {directory}", LIST, "open") from cause
+    found = []
+    for number in numbers:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.readlink(f"{directory}/{number}") == DEVICE:
+                found.append(int(number))
+    return tuple(sorted(found))
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,19 @@ OPEN: Final = {
     errno.EMFILE: _TOO_MANY_FILES,
     errno.ENFILE: _TOO_MANY_FILES,
 }
+_PROCESS_DENIED = Meaning(
+    KernelDenied, "process_denied", "migrd may not trace that process: run it as root"
+)
+_PROCESS_GONE = Meaning(KernelGone, "process_gone", "the process has exited")
+LIST: Final = {
+    errno.EACCES: _PROCESS_DENIED,
+    errno.EPERM: _PROCESS_DENIED,
+    errno.ENOENT: _PROCESS_GONE,
+    errno.ESRCH: _PROCESS_GONE,
+}
 GETFD: Final = {
-    errno.EPERM: Meaning(
-        KernelDenied, "process_denied", "migrd may not trace that process: run it as root"
-    ),
-    errno.ESRCH: Meaning(KernelGone, "process_gone", "the process has exited"),
+    errno.EPERM: _PROCESS_DENIED,
+    errno.ESRCH: _PROCESS_GONE,
     errno.EBADF: Meaning(KernelGone, "descriptor_gone", "the process has no such descriptor"),
     errno.ENOSYS: Meaning(KernelTooOld, "pidfd_getfd_missing", "use Linux 5.6 or newer"),
     errno.EMFILE: _TOO_MANY_FILES,

@@ -22,7 +22,7 @@ from migrd.errors import (
     KernelUnsupported,
 )
 from migrd.kernel.calls import Argument
-from migrd.kernel.iommufd import Iommufd
+from migrd.kernel.iommufd import Iommufd, numbers_in
 from migrd.kernel.page_table import MAX_BITMAP_BYTES, DirtyBits
 from tests.contract.iommufd_bench import IOVA, LENGTH, PAGE, Bench, WithBench, numbers
 from tests.fakes.iommufd import IommufdKernel
@@ -87,6 +87,30 @@ def test_a_descriptor_that_cannot_be_taken_says_why(number: int, kind: type[Kern
 
     with pytest.raises(kind, match="take descriptor 9"):
         Iommufd.from_process(3, 9, getfd=getfd)
+
+
+def test_the_iommufds_among_a_process_descriptors_are_found(tmp_path: Path) -> None:
+    directory = tmp_path / "77" / "fd"
+    directory.mkdir(parents=True)
+    for number, target in (("0", "/dev/null"), ("12", "/dev/iommu"), ("9", "/dev/iommu")):
+        (directory / number).symlink_to(target)
+    (directory / "5").write_text("not a link")
+    assert numbers_in(77, str(tmp_path)) == (9, 12)
+    with pytest.raises(KernelGone) as caught:
+        numbers_in(78, str(tmp_path))
+    assert caught.value.code == "process_gone"
+
+
+def test_descriptors_that_may_not_be_listed_are_not_taken_for_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def listdir(directory: str) -> list[str]:
+        raise PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(KernelDenied) as caught:
+        numbers_in(1)
+    assert caught.value.code == "process_denied"
 
 
 class TestAdapter(OnTheSimulator, WithBench):

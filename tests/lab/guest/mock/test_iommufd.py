@@ -22,7 +22,7 @@ import pytest
 
 from migrd.errors import KernelGone, KernelRejected
 from migrd.kernel.calls import system_ioctl
-from migrd.kernel.iommufd import Iommufd
+from migrd.kernel.iommufd import Iommufd, numbers_in
 from tests.contract.iommufd import IommufdContract
 from tests.contract.iommufd_bench import IOVA, LENGTH, PAGE, Bench, WithBench, numbers
 from tests.contract.iommufd_raw import IommufdRawContract
@@ -136,7 +136,8 @@ class Vmm:
             text=True,
             pass_fds=passed,
         )
-        self.pidfd = os.pidfd_open(self._process.pid)
+        self.pid = self._process.pid
+        self.pidfd = os.pidfd_open(self.pid)
         self.number, self.ioas_id, self.hwpt_id = map(int, self._line().split())
 
     def ask(self, word: str) -> str:
@@ -181,6 +182,13 @@ def test_an_iommufd_is_taken_from_a_process_that_does_nothing_for_it(vmm: Vmm) -
         assert vmm.ask("read") == "2"
         vmm.ask("unmap")
         assert _peeked(iommufd, vmm) is None
+
+
+def test_a_vmms_iommufd_is_found_among_its_descriptors(vmm: Vmm) -> None:
+    assert numbers_in(vmm.pid) == (vmm.number,)
+    vmm.kill()
+    with pytest.raises(KernelGone):
+        numbers_in(vmm.pid)
 
 
 def test_what_cannot_be_taken_is_said_to_be_gone(vmm: Vmm) -> None:
