@@ -148,6 +148,17 @@ class DeviceMigration:
     """VFIO_DEVICE_FEATURE_MIG_DATA_SIZE; None: not supported or not asked."""
 
 
+@dataclass(frozen=True)
+class IommuHardware:
+    """What IOMMU_GET_HW_INFO says of the IOMMU behind a bound device."""
+
+    hardware_type: int
+    """`out_data_type`."""
+    capability_bits: int
+    """`out_capabilities`, all 64 of them."""
+    unknown_capability_bits: int = 0
+
+
 _NOT_ASKED = Capability.unknown(Unknown.NOT_PROBED)
 
 
@@ -162,6 +173,8 @@ class Device:
     """Name of its IommuInstance."""
     iommu_dirty_tracking: Capability = _NOT_ASKED
     """Of its IOMMU, as found for this device at bind, else its instance's estimate."""
+    iommu_hardware: IommuHardware | None = None
+    """Of its IOMMU, as found at bind; None before."""
     dma_logging: Capability = _NOT_ASKED
     """VFIO_DEVICE_FEATURE_DMA_LOGGING_*: the device records its own DMA."""
     migration: DeviceMigration = field(default_factory=lambda: DeviceMigration(_NOT_ASKED))

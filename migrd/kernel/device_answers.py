@@ -26,6 +26,7 @@ from migrd.core.devices import (
     Device,
     DeviceMigration,
     Evidence,
+    IommuHardware,
     MigrationFlag,
     Unknown,
 )
@@ -46,6 +47,7 @@ class Answers:
     can_reset: Capability
     dma_logging: Capability
     migration: DeviceMigration
+    iommu_hardware: IommuHardware | None = None
 
     @classmethod
     def none(cls, reason: Unknown, detail: str) -> "Answers":
@@ -64,6 +66,7 @@ class Answers:
             can_reset=_better(device.can_reset, self.can_reset),
             dma_logging=_better(device.dma_logging, self.dma_logging),
             migration=migration,
+            iommu_hardware=self.iommu_hardware or device.iommu_hardware,
         )
 
 
@@ -92,13 +95,14 @@ def ask(device: Device, iommufd_path: str, system: SystemCalls) -> Answers:
             VfioDevice.open(device.vfio_cdev, device.address, system) as opened,
         ):
             dev_id = opened.bind(iommufd.fileno())
-            tracking, coherent = _ask_iommu(iommufd, dev_id)
+            tracking, coherent, hardware = _ask_iommu(iommufd, dev_id)
             return Answers(
                 iommu_dirty_tracking=tracking,
                 cache_coherent=coherent,
                 can_reset=_answer(partial(_ask_reset, opened)),
                 dma_logging=_answer(partial(_ask_dma_logging, opened)),
                 migration=_ask_migration(opened),
+                iommu_hardware=hardware,
             )
     except KernelError as error:
         return Answers.none(_reason(error), error.message)
@@ -111,22 +115,26 @@ def _answer(ask: Callable[[], Capability]) -> Capability:
         return Capability.unknown(_reason(error), error.message)
 
 
-def _ask_iommu(iommufd: Iommufd, dev_id: int) -> tuple[Capability, Capability]:
-    """Dirty tracking by its IOMMU, and cache coherency."""
+def _ask_iommu(
+    iommufd: Iommufd, dev_id: int
+) -> tuple[Capability, Capability, IommuHardware | None]:
+    """Dirty tracking by its IOMMU, cache coherency, and the numbers that say so."""
     try:
         found = iommufd.hw_info(dev_id)
     except KernelGone:
         return (
             Capability.probed(False, "an emulated mdev: no IOMMU sees its DMA"),
             Capability.unknown(Unknown.NO_IOMMU, "an emulated mdev has no IOMMU"),
+            None,
         )
     except KernelError as error:
         unknown = Capability.unknown(_reason(error), error.message)
-        return unknown, unknown
+        return unknown, unknown, None
     told = f"IOMMU_GET_HW_INFO: type {found.hardware_type}, capabilities {found.capabilities:#x}"
     return (
         Capability.probed(found.tracks_dirty, told),
         Capability.probed(True, "the kernel has bound it"),
+        IommuHardware(found.hardware_type, found.capabilities.value, found.unknown_capability_bits),
     )
 
 

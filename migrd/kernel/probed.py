@@ -26,6 +26,7 @@ from migrd.core.devices import (
     Device,
     Evidence,
     Inventory,
+    IommuHardware,
     IommuInstance,
     Unknown,
 )
@@ -47,6 +48,8 @@ class Answers:
 
     devices: Mapping[str, Device] = field(default_factory=dict)
     iommus: Mapping[str, Capability] = field(default_factory=dict)
+    hardware: Mapping[str, IommuHardware] = field(default_factory=dict)
+    """By instance, as the last device below it was told."""
 
 
 class ProbedFacts:
@@ -57,12 +60,14 @@ class ProbedFacts:
         """IOMMU instances whose registers had promised something else than a bind found."""
         self._devices: dict[str, Device] = {}
         self._by_iommu: dict[str, dict[str, Capability]] = {}
+        self._hardware: dict[str, IommuHardware] = {}
         self._contradicted: set[str] = set()
 
     def answers(self) -> Answers:
         return Answers(
             dict(self._devices),
             {name: _of_instance(told) for name, told in self._by_iommu.items()},
+            dict(self._hardware),
         )
 
     def note(self, told: Device, scan: HostScan) -> bool:
@@ -79,6 +84,8 @@ class ProbedFacts:
         if tracking.evidence is Evidence.PROBED and instance is not None:
             self._by_iommu.setdefault(instance.name, {})[told.address] = tracking
             self._compare(instance, told)
+        if told.iommu_hardware is not None and instance is not None:
+            self._hardware[instance.name] = told.iommu_hardware
         return True
 
     def forget(self, addresses: Iterable[str]) -> None:
@@ -94,6 +101,7 @@ class ProbedFacts:
                 del self._devices[address]
         for name in self._by_iommu.keys() - scan.iommus.keys():
             del self._by_iommu[name]
+            self._hardware.pop(name, None)
             self._contradicted.discard(name)
 
     def _compare(self, instance: IommuInstance, told: Device) -> None:
@@ -165,10 +173,19 @@ def concerned(addresses: Iterable[str], before: HostScan, now: HostScan) -> set[
 
 
 def _completed_iommu(instance: IommuInstance, scan: HostScan, answers: Answers) -> IommuInstance:
-    return replace(
+    completed = replace(
         instance,
         dirty_tracking=answers.iommus.get(instance.name, instance.dirty_tracking),
         devices=scan.index.below.get(instance.name, ()),
+    )
+    hardware = answers.hardware.get(instance.name)
+    if hardware is None:
+        return completed
+    return replace(
+        completed,
+        hardware_type=hardware.hardware_type,
+        capability_bits=hardware.capability_bits,
+        unknown_capability_bits=hardware.unknown_capability_bits,
     )
 
 
@@ -218,6 +235,8 @@ def _with_answers(base: Device, told: Device) -> Device:
     }
     if _better(base.migration.can, told.migration.can) is told.migration.can:
         better["migration"] = told.migration
+    if told.iommu_hardware is not None:
+        better["iommu_hardware"] = told.iommu_hardware
     return replace(base, **better)
 
 

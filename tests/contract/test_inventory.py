@@ -9,7 +9,7 @@ from typing import Protocol
 
 import pytest
 
-from migrd.core.devices import Answer, Capability, Evidence, Inventory
+from migrd.core.devices import Answer, Capability, Evidence, Inventory, IommuHardware
 from migrd.engine.device_ports import DeviceInventory
 from migrd.engine.threads import in_thread
 from migrd.kernel.inventory import HostInventory
@@ -130,6 +130,22 @@ async def test_an_instance_learns_from_a_device_that_was_probed(stage: Stage) ->
     assert noted.iommus[CANNOT.name].dirty_tracking.evidence is Evidence.PROBED
     assert noted.devices[VF].dma_logging == found
     assert (await stage.inventory.rescan()).devices[VF].dma_logging == found
+
+
+async def test_an_instance_shows_the_numbers_that_its_device_was_told(stage: Stage) -> None:
+    await stage.plug(VF)
+    seen = await stage.inventory.rescan()
+    assert seen.iommus[CANNOT.name].capability_bits is None
+    told = IommuHardware(1, capability_bits=0x80000001, unknown_capability_bits=0x80000000)
+    found = Capability.probed(True)
+    stage.inventory.note_probed(
+        replace(seen.devices[VF], iommu_dirty_tracking=found, iommu_hardware=told)
+    )
+    for _ in range(2):
+        iommu = stage.inventory.current.iommus[CANNOT.name]
+        assert (iommu.hardware_type, iommu.capability_bits) == (1, 0x80000001)
+        assert iommu.unknown_capability_bits == 0x80000000
+        await stage.inventory.rescan()
 
 
 async def test_an_answer_ends_with_the_driver_that_gave_it(stage: Stage) -> None:

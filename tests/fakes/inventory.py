@@ -10,7 +10,7 @@ from the device that was probed behind it.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -253,10 +253,26 @@ class FakeInventory:
             if device.iommu_dirty_tracking.evidence is Evidence.PROBED
         }
         iommus = {
-            name: replace(iommu, dirty_tracking=learnt.get(name, iommu.dirty_tracking))
+            name: _with_hardware(
+                replace(iommu, dirty_tracking=learnt.get(name, iommu.dirty_tracking)), probed
+            )
             for name, iommu in self.truth.iommus.items()
         }
         return replace(self.truth, devices=devices, iommus=iommus)
+
+
+def _with_hardware(iommu: IommuInstance, probed: Mapping[str, Device]) -> IommuInstance:
+    """With the numbers that a device below it was told at its bind."""
+    for device in probed.values():
+        told = device.iommu_hardware
+        if device.iommu == iommu.name and told is not None:
+            return replace(
+                iommu,
+                hardware_type=told.hardware_type,
+                capability_bits=told.capability_bits,
+                unknown_capability_bits=told.unknown_capability_bits,
+            )
+    return iommu
 
 
 class FakePassthrough:

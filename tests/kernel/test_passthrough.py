@@ -104,6 +104,8 @@ async def test_a_device_behind_an_iommu_that_tracks_can_everything(
     assert all(can.is_yes for can in answers_of(probed).values())
     assert probed.migration.flags == frozenset(MigrationFlag)
     assert probed.migration.stop_copy_bytes == 96
+    assert probed.iommu_hardware is not None
+    assert probed.iommu_hardware.capability_bits & 1
 
 
 async def test_an_emulated_mdev_has_no_iommu_that_tracks_and_that_is_no_error(
@@ -113,6 +115,7 @@ async def test_an_emulated_mdev_has_no_iommu_that_tracks_and_that_is_no_error(
     probed = await passthrough.probe(device_at(path))
     assert probed.iommu_dirty_tracking.is_no
     assert "mdev" in probed.iommu_dirty_tracking.detail
+    assert probed.iommu_hardware is None
     assert probed.cache_coherent.reason is Unknown.NO_IOMMU
     assert probed.migration.can.is_yes
     assert probed.dma_logging.is_yes
@@ -525,11 +528,16 @@ async def test_no_call_on_a_vmms_page_table_ever_clears(
 # ---- letting go when the VMM has exited
 
 
-async def exited_vmm() -> tuple[subprocess.Popen[bytes], int]:
+async def start_vmm() -> tuple[subprocess.Popen[bytes], int]:
     vmm = await asyncio.to_thread(
         subprocess.Popen, [sys.executable, "-c", "input()"], stdin=subprocess.PIPE
     )
     return vmm, os.pidfd_open(vmm.pid)
+
+
+async def kill(vmm: subprocess.Popen[bytes]) -> None:
+    vmm.kill()
+    await asyncio.to_thread(vmm.communicate)
 
 
 async def test_everything_is_closed_when_the_vmm_has_exited(
@@ -537,37 +545,41 @@ async def test_everything_is_closed_when_the_vmm_has_exited(
 ) -> None:
     device = device_at(kernel.add(SimDevice()))
     opened = await passthrough.open([device], 1)
-    vmm, pidfd = await exited_vmm()
+    vmm, pidfd = await start_vmm()
     watch = asyncio.create_task(opened.close_at_exit(pidfd))
     await asyncio.sleep(0.05)
     os.close(pidfd)  # it is the caller's
     assert not watch.done()
     assert await left_open(kernel)
-    vmm.kill()
+    await kill(vmm)
     async with asyncio.timeout(GENEROUS_S):
         await watch
     assert await left_open(kernel) == []
-    await asyncio.to_thread(vmm.communicate)
     await (await passthrough.open([device], 1)).close()
 
 
-async def test_a_cancelled_watch_lets_go_of_the_pidfd_and_keeps_the_devices(
+async def test_a_cancelled_watch_keeps_the_devices_and_is_in_nobodys_way(
     kernel: VfioKernel, passthrough: KernelPassthrough
 ) -> None:
     opened = await passthrough.open([device_at(kernel.add(SimDevice()))], 1)
-    vmm, pidfd = await exited_vmm()
-    before = len(await asyncio.to_thread(os.listdir, "/proc/self/fd"))
+    before = await asyncio.to_thread(os.listdir, "/proc/self/fd")
+    vmm, pidfd = await start_vmm()
     watch = asyncio.create_task(opened.close_at_exit(pidfd))
     await asyncio.sleep(0.05)
     watch.cancel()
     with pytest.raises(asyncio.CancelledError):
         await watch
-    assert len(await asyncio.to_thread(os.listdir, "/proc/self/fd")) == before
+    await kill(vmm)
+    os.close(pidfd)
     assert len(opened.iommufds) == 1
-    vmm.kill()
-    await asyncio.to_thread(vmm.communicate)
-    await opened.close_at_exit(pidfd)  # it has exited long ago
-    assert await left_open(kernel) == []
+    assert await asyncio.to_thread(os.listdir, "/proc/self/fd") == before
+    vmm, pidfd = await start_vmm()  # its pidfd, and our copy, have the same numbers again
+    watch = asyncio.create_task(opened.close_at_exit(pidfd))
+    await asyncio.sleep(0.05)
+    await kill(vmm)
+    async with asyncio.timeout(GENEROUS_S):
+        await watch
+        await opened.close_at_exit(pidfd)  # it has exited long ago
     os.close(pidfd)
     with pytest.raises(KernelGone):
         await opened.close_at_exit(pidfd)
