@@ -68,8 +68,6 @@ class KernelPassthrough:
         """See the port."""
         if device.kind is DeviceKind.EMULATED:
             return device
-        if device.address in self._lent:
-            return _in_use(device).added_to(device)
         if device.vfio_cdev is None:
             answers = Answers.none(
                 Unknown.DRIVER_NOT_BOUND, "no VFIO driver with a character device is bound"
@@ -110,8 +108,8 @@ class KernelPassthrough:
             )
 
     async def _answers(self, device: Device) -> Answers:
-        if device.address in self._lent:  # since we waited for our turn
-            return _in_use(device)
+        if device.address in self._lent:
+            return Answers.none(Unknown.IN_USE, f"{device.address} is open for a VM")
         probe = self._probing.get(device.address)
         if probe is None:
             loop = asyncio.get_running_loop()
@@ -150,10 +148,6 @@ async def _ended(probe: _Probe) -> bool:
     if cancelled is not None:
         raise cancelled
     return probe.call.done()
-
-
-def _in_use(device: Device) -> Answers:
-    return Answers.none(Unknown.IN_USE, f"{device.address} is open for a VM")
 
 
 # ---- opening

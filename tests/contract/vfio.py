@@ -325,6 +325,11 @@ class VfioContract:
         device.start_dma_log([DmaRange(i * MIB, 4096) for i in range(256)], 4096)
         device.stop_dma_log()
 
+    def test_ranges_may_touch_and_come_in_any_order(self, device: VfioDevice) -> None:
+        ranges = [DmaRange(2 * MIB, MIB), DmaRange(0, MIB), DmaRange(MIB, MIB)]
+        device.start_dma_log(ranges, 4096)
+        device.stop_dma_log()
+
     @pytest.mark.parametrize(
         ("ranges", "number"),
         [

@@ -139,6 +139,8 @@ def test_a_failed_save_leaves_a_running_guest_running(flags: frozenset[Flag]) ->
     for start, target in moves(flags):
         if start in running:
             assert fall_back(start, target, flags) in running
+        if start in SAVING and target in SAVING:
+            assert fall_back(start, target, flags) == start, "with its session"
 
 
 @pytest.mark.parametrize("flags", DEVICES, ids=lambda flags: "+".join(sorted(flags)))
