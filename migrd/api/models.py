@@ -3,6 +3,7 @@
 wire               what all of them share
 models_host        this host, VMs, readiness, events
 models_devices     IOMMUs and devices
+models_plan        passthrough devices of VMs, and the decision about them
 models_migration   what is asked of migrations
 models_progress    how a migration stands
 problems           problem details
@@ -20,9 +21,11 @@ from migrd.api.models_devices import (
 )
 from migrd.api.models_host import (
     Check,
+    DevicePlug,
     Event,
     Health,
     Host,
+    PassthroughDevice,
     Peer,
     Readiness,
     Vm,
@@ -39,6 +42,12 @@ from migrd.api.models_migration import (
     PolicyChange,
     PolicyRequest,
     ResolveRequest,
+)
+from migrd.api.models_plan import (
+    GivenDevice,
+    TrackingDecision,
+    TrackingReason,
+    VmDevice,
 )
 from migrd.api.models_progress import (
     Condition,
@@ -69,10 +78,12 @@ __all__ = [
     "Device",
     "DeviceList",
     "DeviceMigration",
+    "DevicePlug",
     "DeviceReason",
     "DeviceVerdict",
     "Estimate",
     "Event",
+    "GivenDevice",
     "Health",
     "Host",
     "Iommu",
@@ -80,6 +91,7 @@ __all__ = [
     "Migration",
     "MigrationList",
     "MigrationRequest",
+    "PassthroughDevice",
     "Peer",
     "Plan",
     "PlanRequest",
@@ -94,8 +106,11 @@ __all__ = [
     "Round",
     "RoundList",
     "TimelineEntry",
+    "TrackingDecision",
+    "TrackingReason",
     "Vm",
     "VmDefinition",
+    "VmDevice",
     "VmFacts",
     "VmList",
     "WireModel",

@@ -6,6 +6,14 @@ from typing import Annotated, Any, Final, Self
 from pydantic import ConfigDict, Field, JsonValue, PlainValidator, WithJsonSchema
 
 from migrd.api.models_devices import MOST_TROUBLE, Iommu, Kernel, safe
+from migrd.api.models_plan import (
+    Devices,
+    GivenDevice,
+    TrackingDecision,
+    VmDevice,
+    decision_or_none,
+    spec_devices,
+)
 from migrd.api.wire import At, Name, WireModel, at, at_or_none, ms
 from migrd.core import facts
 from migrd.core.tracking import TrackingPolicy
@@ -144,9 +152,61 @@ class VmDefinition(WireModel):
     parameters: Annotated[
         Mapping[ParameterName, Parameter], Field(max_length=MAX_PARAMETERS, default_factory=dict)
     ]
+    devices: Devices = ()
+    """Passthrough devices; whether their DMA is tracked is decided for all of them together."""
+    tracking_policy: TrackingPolicy | None = None
+    """When to ask for dirty tracking. Left out: this host's default."""
 
     def spec(self, vm: str) -> facts.VmSpec:
-        return facts.VmSpec(name=vm, profile=self.profile, parameters=dict(self.parameters))
+        return facts.VmSpec(
+            name=vm,
+            profile=self.profile,
+            parameters=dict(self.parameters),
+            devices=spec_devices(self.devices),
+            tracking_policy=self.tracking_policy,
+        )
+
+
+class DevicePlug(GivenDevice):
+    """A passthrough device to add to a VM."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"address": "0000:41:00.3", "id": "hostdev1"}]}
+    )
+
+    accept_lower_migratability: bool = False
+    """Add it even if the VM can then be migrated less well, or not at all."""
+
+
+class PassthroughDevice(WireModel):
+    """What a running QEMU says of one of its passthrough devices."""
+
+    id: str
+    address: str | None
+    """null: QEMU was given a descriptor and nobody remembers of what."""
+    iommufd: str | None
+    guest_address: str | None
+    """Where the guest sees it: domain, bus, slot and function."""
+    migrates: bool | None
+    """false: a reason of QEMU's names it; null: not known."""
+    blocked_reasons: tuple[str, ...]
+    device_state: str | None
+    """QEMU's own word, the last that was told; null: none was."""
+    was_reset: bool
+    """Its state could not be moved, QEMU reset it and the guest runs on without what it held."""
+
+    @classmethod
+    def of(cls, known: facts.PassthroughFacts) -> Self:
+        return cls(
+            id=known.id,
+            address=known.address,
+            iommufd=known.iommufd,
+            guest_address=known.guest_address,
+            migrates=known.migrates,
+            blocked_reasons=tuple(known.blocked_reasons),
+            device_state=known.device_state,
+            was_reset=known.was_reset,
+        )
 
 
 class VmFacts(WireModel):
@@ -163,6 +223,8 @@ class VmFacts(WireModel):
     features: tuple[str, ...]
     passthrough_devices: tuple[str, ...]
     """VFIO devices; not empty means: no postcopy."""
+    devices: tuple[PassthroughDevice, ...]
+    """The same devices, each with what is said of it."""
     blocked_reasons: tuple[str, ...]
     """QEMU's own reasons not to migrate."""
 
@@ -176,6 +238,7 @@ class VmFacts(WireModel):
             memory_bytes=known.memory_bytes,
             features=tuple(sorted(str(feature) for feature in known.features)),
             passthrough_devices=tuple(known.passthrough_devices),
+            devices=tuple(PassthroughDevice.of(device) for device in known.devices),
             blocked_reasons=tuple(known.blocked_reasons),
         )
 
@@ -189,6 +252,15 @@ class Vm(WireModel):
     profile: str | None
     """null: adopted, and nobody has named its profile."""
     parameters: Mapping[str, Parameter]
+    devices: tuple[VmDevice, ...]
+    """Passthrough devices, as defined."""
+    tracking_policy: TrackingPolicy | None
+    """As defined; null: this host's default."""
+    decision: TrackingDecision | None
+    """The one that stands; null: no passthrough devices are defined."""
+    iommufds_held: bool
+    """migrd has a reference to its iommufds and can sample the dirty rates of its devices; not so
+    after a restart of migrd, until the VM is started or moved anew."""
     managed: bool
     """Launched by migrd from a profile; else adopted."""
     state: str
@@ -208,6 +280,10 @@ class Vm(WireModel):
             resource_version=view.resource_version,
             profile=view.spec.profile,
             parameters=dict(view.spec.parameters),
+            devices=tuple(VmDevice.of(device) for device in view.spec.devices),
+            tracking_policy=view.spec.tracking_policy,
+            decision=decision_or_none(view.decision),
+            iommufds_held=view.iommufds_held,
             managed=view.managed,
             state=view.state,
             facts=None if view.facts is None else VmFacts.of(view.facts),
@@ -255,7 +331,8 @@ class Event(WireModel):
     id: int
     at: At
     kind: str
-    """migration.phase, migration.round, migration.decision, vm.changed, peer.changed,
+    """migration.phase, migration.round, migration.decision, vm.changed, vm.verdict_changed,
+    peer.changed,
     device.changed, iommu.changed, host.changed, events.lost; new kinds may come."""
     vm: str | None
     migration_id: str | None

@@ -6,6 +6,15 @@ from typing import Annotated, Self, TypeVar
 
 from pydantic import ConfigDict, Field, model_validator
 
+from migrd.api.models_devices import Address
+from migrd.api.models_plan import (
+    MAX_DEVICES,
+    Devices,
+    QemuId,
+    TrackingDecision,
+    decision_or_none,
+    spec_devices,
+)
 from migrd.api.models_progress import Migration, Refusal
 from migrd.api.wire import (
     MAX_DEADLINE_S,
@@ -22,6 +31,7 @@ from migrd.api.wire import (
 from migrd.core import migration
 from migrd.core.admission import Admission
 from migrd.core.migration import Mode, WhenNotConverging
+from migrd.core.tracking import TrackingPolicy
 from migrd.engine import service
 from migrd.engine.service import Resolution
 
@@ -90,32 +100,71 @@ class PolicyChange(PolicyRequest):
         return self
 
 
-class PlanRequest(WireModel):
-    """A migration to think through: everything but the VM, which the path names."""
+class MoveRequest(WireModel):
+    """How a guest is to be moved."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"destination": "host-b"}]})
-
-    destination: Name
-    """Name of the host to move to, from this host's roster."""
     policy: PolicyRequest = PolicyRequest()
     multifd_channels: Annotated[int, Field(ge=0, le=MAX_MULTIFD_CHANNELS)] | None = None
     """Parallel connections for memory; 0 means one plain stream. Left out: the configuration's."""
     allow_postcopy: bool = False
     """Prepare both sides so that postcopy can be chosen while the migration runs."""
+    destination_devices: Annotated[
+        Mapping[QemuId, Address], Field(max_length=MAX_DEVICES, default_factory=dict)
+    ]
+    """QEMU id of a passthrough device -> address of the one that takes its place there. Those left
+    out have the same address on both hosts."""
+    accept_less_migratable: bool = False
+    """Go even if the VM is less migratable there, or cannot come back."""
 
-    def request(self, vm: str, defaults: Defaults, *, by: str) -> migration.Request:
+    def to(self, destination: str, vm: str, defaults: Defaults, *, by: str) -> migration.Request:
         """The engine's request, with the daemon's defaults where nothing is said."""
         return migration.Request(
             vm=vm,
-            destination=self.destination,
+            destination=destination,
             policy=self.policy.over(defaults.policy),
             multifd_channels=_said(self.multifd_channels, defaults.multifd_channels),
             allow_postcopy=self.allow_postcopy,
             requested_by=by,
+            destination_devices=dict(self.destination_devices),
+            accept_less_migratable=self.accept_less_migratable,
         )
 
 
-class MigrationRequest(PlanRequest):
+class PlanRequest(MoveRequest):
+    """What if? A migration to think through, other devices, another policy, or all of them."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"destination": "host-b"},
+                {"devices": [{"address": "0000:41:00.2"}], "tracking_policy": "require"},
+            ]
+        }
+    )
+
+    destination: Name | None = None
+    """Name of the host to move to, from this host's roster. Left out: only what is decided here."""
+    devices: Devices | None = None
+    """If it had these passthrough devices. Left out: those that it is defined with."""
+    tracking_policy: TrackingPolicy | None = None
+    """If this policy applied to it. Left out: the one it is defined with."""
+
+    def question(self, vm: str, defaults: Defaults, *, by: str) -> service.WhatIf:
+        """The engine's question."""
+        move, limit = None, seconds(self.policy.downtime_limit_ms)
+        if self.destination is not None:
+            move = self.to(self.destination, vm, defaults, by=by)
+            limit = move.policy.downtime_limit_s
+        return service.WhatIf(
+            vm=vm,
+            move=move,
+            devices=None if self.devices is None else spec_devices(self.devices),
+            tracking_policy=self.tracking_policy,
+            downtime_limit_s=limit,
+        )
+
+
+class MigrationRequest(MoveRequest):
     """A migration to begin."""
 
     model_config = ConfigDict(
@@ -131,6 +180,12 @@ class MigrationRequest(PlanRequest):
     )
 
     vm: Name
+    destination: Name
+    """Name of the host to move to, from this host's roster."""
+
+    def request(self, defaults: Defaults, *, by: str) -> migration.Request:
+        """The engine's request."""
+        return self.to(self.destination, self.vm, defaults, by=by)
 
 
 class ResolveRequest(WireModel):
@@ -173,11 +228,18 @@ class ActionAnswer(WireModel):
 
 
 class Plan(WireModel):
-    """What a migration would meet: every refusal at once, and the estimate. Nothing was changed."""
+    """What a migration, or a start, would meet: every refusal at once, what is decided about
+    passthrough devices here and there, and the estimate. Nothing was changed."""
 
     vm: str
-    destination: str
+    destination: str | None
+    """null: no migration was asked about."""
     possible: bool
+    """The migration may begin; without a destination: the VM may be started like this."""
+    decision: TrackingDecision | None
+    """About its passthrough devices, here; null: it has none."""
+    decision_there: TrackingDecision | None
+    """By the destination, from its own facts; null: it has none, or did not say."""
     refusals: tuple[Refusal, ...]
     warnings: tuple[Refusal, ...]
     memory_bytes: int | None
@@ -192,6 +254,10 @@ class Plan(WireModel):
             vm=view.vm,
             destination=view.destination,
             possible=view.possible,
+            decision=decision_or_none(view.decision),
+            decision_there=(
+                None if view.plan_there is None else TrackingDecision.of_plan(view.plan_there)
+            ),
             refusals=tuple(Refusal.of(r) for r in view.refusals),
             warnings=tuple(Refusal.of(w) for w in view.warnings),
             memory_bytes=view.memory_bytes,

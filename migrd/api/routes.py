@@ -115,7 +115,7 @@ async def create_migration(
     The migration is the operation: it goes on after this answer, and its resource says how it
     stands. A client that gets no answer asks again with the same Idempotency-Key.
     """
-    request = body.request(body.vm, call.site.defaults, by=call.by.label)
+    request = body.request(call.site.defaults, by=call.by.label)
     if query.dry_run:
         return reply(Plan.of(await call.service.plan(request)))
     canonical = body.model_dump_json(exclude_none=True, exclude_defaults=True)

@@ -132,7 +132,9 @@ async def get_vm(call: Call, path: VmPath, query: WatchQuery, headers: NoneMatch
 async def define_vm(call: Call, path: VmPath, query: DefineQuery, body: VmDefinition) -> Reply:
     """Define a VM from a launch profile, or name the profile of one that was adopted.
 
-    The same definition again changes nothing.
+    The same definition again changes nothing. With passthrough devices `decision` says whether
+    dirty tracking is asked for as things are known now; no device is touched. What is in the way is
+    refused, all of it at once (`decision_refused`).
     """
     view, created = await call.service.define_vm(body.spec(path.vm), dry_run=query.dry_run)
     etag = tag(view.resource_version)
@@ -164,7 +166,11 @@ async def forget_vm(call: Call, path: VmPath) -> Reply:
     problems=(404, 409, 502, 504),
 )
 async def start_vm(call: Call, path: VmPath) -> Reply:
-    """Start a VM from its launch profile. Running already: nothing happens."""
+    """Start a VM from its launch profile. Running already: nothing happens.
+
+    The kernel is asked about its passthrough devices first, and what is decided from the answers is
+    kept before QEMU is started: `decision`.
+    """
     view = await call.service.start_vm(path.vm)
     return reply(Vm.of(view), ETag=tag(view.resource_version))
 
@@ -188,13 +194,17 @@ async def stop_vm(call: Call, path: VmPath) -> Reply:
     "/v1/vms/{vm}:plan",
     tag=Tag.VMS,
     scope=Scope.READ,
-    answers={200: Answer("What the migration would meet.", Plan)},
+    answers={200: Answer("What it would meet.", Plan)},
     problems=(404, 409, 502, 504),
 )
-async def plan_migration(call: Call, path: VmPath, body: PlanRequest) -> Reply:
-    """What if: every reason not to migrate, every warning, and the estimate. Changes nothing."""
-    request = body.request(path.vm, call.site.defaults, by=call.by.label)
-    return reply(Plan.of(await call.service.plan(request)))
+async def plan_vm(call: Call, path: VmPath, body: PlanRequest) -> Reply:
+    """What if: another policy, other devices, a downtime limit, a destination.
+
+    Every reason not to start or to migrate, every warning, what would be decided about passthrough
+    devices here and at the destination, and the estimate. Changes nothing.
+    """
+    question = body.question(path.vm, call.site.defaults, by=call.by.label)
+    return reply(Plan.of(await call.service.what_if(question)))
 
 
 @route(

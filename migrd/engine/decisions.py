@@ -122,8 +122,9 @@ class Decisions:
         facts = None if entry is None else entry.facts
         if entry is not None and entry.vmm is not None and not entry.vmm.is_dead:
             attached = frozenset(device.id for device in spec.devices)
+            downgraded = frozenset(() if entry.decision is None else entry.decision.downgraded)
         else:
-            attached = frozenset()
+            attached = downgraded = frozenset()
         memory = None if facts is None else facts.memory_bytes
         if memory is None and spec.profile is not None:
             memory = await in_thread(self._world.launcher.memory_bytes, spec)
@@ -131,6 +132,7 @@ class Decisions:
             attached=attached,
             memory_bytes=memory,
             switchover_bytes_per_s=self.bandwidth_bytes_per_s(),
+            downgraded=downgraded,
         )
 
     async def decide(self, spec: VmSpec, now: Circumstances | None = None) -> Decided:

@@ -14,9 +14,10 @@ from migrd.engine import views
 from migrd.engine.boot import new_instance
 from migrd.engine.decisions import check_devices
 from migrd.engine.device_start import DeviceStart
+from migrd.engine.hot_plug import HotPlug
 from migrd.engine.migrations import Migrations
 from migrd.engine.ports import Vmm
-from migrd.engine.service import VmView
+from migrd.engine.service import PlugRequest, VmView
 from migrd.engine.threads import in_thread
 from migrd.engine.vms import Entry, VmTable
 from migrd.errors import Conflict, Invalid, Unavailable, Violation, VmmDied
@@ -31,6 +32,7 @@ class Lifecycle:
         self._migrations = migrations
         self._starts = starts
         self._decisions = starts.decisions
+        self._hot_plug = HotPlug(migrations.vms, starts)
         self._world = migrations.world
         self._vms: VmTable = migrations.vms
 
@@ -143,6 +145,27 @@ class Lifecycle:
         decided, decision = await self._starts.decide(spec, now)
         await record(decision)
         return await self._starts.launch(spec, decided, now, record)
+
+    async def plug(self, name: str, request: PlugRequest, *, by: str) -> VmView:
+        entry = self._vms.require(name)
+        self._check_settled(entry)
+        self._check_here(entry)
+        await self._hot_plug.plug(entry, request, by=by)
+        return self.view(entry)
+
+    async def unplug(self, name: str, id_: str, *, by: str) -> VmView:
+        entry = self._vms.require(name)
+        self._check_settled(entry)
+        self._check_here(entry)
+        await self._hot_plug.unplug(entry, id_, by=by)
+        return self.view(entry)
+
+    def _check_here(self, entry: Entry) -> None:
+        if not entry.here:
+            raise Conflict(
+                f"{entry.spec.name} has moved away from this host: ask the one that it is on",
+                code="vm_departed",
+            )
 
     def _check_startable(self, entry: Entry) -> None:
         name = entry.spec.name

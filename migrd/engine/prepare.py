@@ -10,6 +10,7 @@ from migrd.core.phases import Trigger
 from migrd.core.preflight import DestinationFacts, Preflight, SourceFacts, check
 from migrd.core.standing import with_addresses
 from migrd.core.tracking import Plan
+from migrd.core.vfio_launch import VfioLaunch
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView, HostProfile, Peer, Vmm
 from migrd.engine.threads import in_thread
@@ -37,6 +38,8 @@ class Candidate:
     vmm: Vmm
     plan: Plan | None
     """The decision about its passthrough devices that stands here."""
+    told: VfioLaunch | None = None
+    """What its QEMU would be told of them, of a what-if; None: what it has been told."""
 
 
 async def judge(
@@ -89,7 +92,8 @@ async def _digest(world: World, candidate: Candidate) -> str | None:
     if not spec.devices:
         return await in_thread(check, spec)
     planned = None if candidate.plan is None else candidate.plan.launch
-    return await in_thread(check, spec, world.launcher.devices_of(candidate.vmm) or planned)
+    told = candidate.told or world.launcher.devices_of(candidate.vmm) or planned
+    return await in_thread(check, spec, told)
 
 
 async def _source(vmm: Vmm) -> VmFacts:

@@ -16,9 +16,9 @@ import structlog
 
 from migrd.core.admission import Admission, admit_cancel, admit_policy, admit_switchover
 from migrd.core.convergence import Decision, Estimate, Verdict
-from migrd.core.facts import Round, VmSpec
+from migrd.core.facts import Round, SpecDevice, VmSpec
 from migrd.core.handover import DestinationPhase
-from migrd.core.migration import Cause, Mode, Policy, Refusal, Request, begin
+from migrd.core.migration import Cause, Policy, Refusal, Request, begin
 from migrd.core.phases import Phase, Trigger
 from migrd.engine import views
 from migrd.engine.host import HostFacts
@@ -27,7 +27,6 @@ from migrd.engine.lifecycle import Lifecycle
 from migrd.engine.migrations import QUEUE_LIMIT, Migrations
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import Peer, StoredRequest, Vmm
-from migrd.engine.prepare import Candidate, judge
 from migrd.engine.service import (
     Answer,
     Check,
@@ -35,11 +34,14 @@ from migrd.engine.service import (
     HostView,
     MigrationView,
     PlanView,
+    PlugRequest,
     Published,
     Resolution,
     VmView,
+    WhatIf,
 )
 from migrd.engine.vms import Entry, VmTable
+from migrd.engine.what_if import WhatIfs
 from migrd.errors import Conflict, Invalid, NotFound, Unavailable, Violation
 
 log = structlog.get_logger(__name__)
@@ -62,6 +64,7 @@ class Registry:
         self._vms: VmTable = migrations.vms
         self._host = host
         self._lifecycle = Lifecycle(migrations, migrations.starts)
+        self._what_ifs = WhatIfs(migrations.world, migrations.decisions)
         self._creating = asyncio.Lock()
 
     # Host -------------------------------------------------------------------------------------
@@ -106,36 +109,41 @@ class Registry:
         async with self._vms.lock(name):
             return await self._lifecycle.stop(name)
 
+    async def plug_device(self, vm: str, request: PlugRequest, *, by: str) -> VmView:
+        async with self._vms.lock(vm):
+            return await self._lifecycle.plug(vm, request, by=by)
+
+    async def unplug_device(self, vm: str, id_: str, *, by: str) -> VmView:
+        async with self._vms.lock(vm):
+            return await self._lifecycle.unplug(vm, id_, by=by)
+
     # Migrations: asking for one -------------------------------------------------------------
 
     async def plan(self, request: Request) -> PlanView:
         """What a migration would meet; touches nothing."""
-        entry, vmm, peer = self._parties(request)
-        refusals: list[Refusal] = []
-        active = self._migrations.active_of(request.vm)
-        if active is not None:
-            refusals.append(
-                Refusal("already_migrating", f"migration {active.id} is going on", "wait for it")
-            )
-        async with asyncio.timeout(self._world.options.preflight_deadline_s):
-            plan = None if entry.decision is None else entry.decision.plan
-            candidate = Candidate(entry.spec, entry.epoch, vmm, plan)
-            result, facts, _ = await judge(self._world, request, candidate, peer)
-        refusals += result.refusals
-        free = facts is not None and not facts.passthrough_devices
-        return PlanView(
-            vm=request.vm,
-            destination=request.destination,
-            possible=not refusals,
-            refusals=tuple(refusals),
-            warnings=result.warnings,
-            memory_bytes=None if facts is None else facts.memory_bytes,
-            mode_choices=(Mode.PRECOPY, Mode.POSTCOPY) if free else (Mode.PRECOPY,),
-        )
+        limit_s = request.policy.downtime_limit_s
+        return await self.what_if(WhatIf(request.vm, move=request, downtime_limit_s=limit_s))
 
-    def _parties(self, request: Request) -> tuple[Entry, Vmm, Peer]:
-        """Raises NotFound, Invalid or Conflict with a named reason."""
+    async def what_if(self, question: WhatIf) -> PlanView:
+        """The same, were things otherwise; without a destination: what a start would meet."""
+        if question.move is None:
+            entry = self._vms.require(question.vm)
+            return await self._what_ifs.here(entry, question)
+        entry, vmm, peer = self._parties(question.move, question.devices)
+        view = await self._what_ifs.there(entry, question, vmm, peer)
+        active = self._migrations.active_of(question.vm)
+        if active is None:
+            return view
+        busy = Refusal("already_migrating", f"migration {active.id} is going on", "wait for it")
+        return replace(view, possible=False, refusals=(busy, *view.refusals))
+
+    def _parties(
+        self, request: Request, devices: tuple[SpecDevice, ...] | None = None
+    ) -> tuple[Entry, Vmm, Peer]:
+        """Raises NotFound, Invalid or Conflict with a named reason. `devices`: those of a what-if,
+        instead of the VM's own."""
         entry = self._vms.require(request.vm)
+        _check_ids(request, entry.spec.devices if devices is None else devices)
         if request.destination.lower() == self._world.options.host:
             raise Invalid(
                 "the destination is this host",
@@ -349,6 +357,22 @@ class Registry:
     def _answer(self, m: Outgoing, admission: Admission, reason: str) -> Answer:
         message = f"migration {m.id} is {m.state.phase.value}"
         return Answer(admission, reason, message, views.of_outgoing(m, self._queue_position(m)))
+
+
+def _check_ids(request: Request, devices: tuple[SpecDevice, ...]) -> None:
+    """Raises Invalid for devices at the destination that take nobody's place."""
+    ids = {device.id for device in devices}
+    odd = sorted(set(request.destination_devices) - ids)
+    if not odd:
+        return
+    has = ", ".join(sorted(ids)) or "none"
+    raise Invalid(
+        f"{request.vm} has no passthrough device {odd[0]}; it has: {has}",
+        [
+            Violation(f"destination_devices.{id_}", "unknown_device", f"the VM has: {has}")
+            for id_ in odd
+        ],
+    )
 
 
 def as_round(row: Mapping[str, Any]) -> Round:

@@ -15,10 +15,10 @@ from typing import Protocol
 from migrd.core.admission import Admission
 from migrd.core.convergence import Decision, Estimate
 from migrd.core.devices import Device, DeviceKind, IommuInstance, KernelFacts
-from migrd.core.facts import Round, VmFacts, VmSpec
+from migrd.core.facts import Round, SpecDevice, VmFacts, VmSpec
 from migrd.core.migration import Cause, Mode, Policy, Refusal, Request
 from migrd.core.standing import StandingDecision
-from migrd.core.tracking import Migratability, Reason, TrackingPolicy
+from migrd.core.tracking import Migratability, Plan, Reason, TrackingPolicy
 
 
 class Role(StrEnum):
@@ -223,7 +223,8 @@ class PlanView:
     """What a migration would meet: every refusal at once, and the estimate."""
 
     vm: str
-    destination: str
+    destination: str | None
+    """None: no migration was asked about."""
     possible: bool
     refusals: tuple[Refusal, ...]
     warnings: tuple[Refusal, ...]
@@ -232,6 +233,35 @@ class PlanView:
     features_missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """"source"/"destination" -> features that QEMU lacks."""
     predicted_total_s: float | None = None
+    decision: StandingDecision | None = None
+    """About its passthrough devices, as it would be; None: it has none."""
+    plan_there: Plan | None = None
+    """What the destination would decide; None: nothing, or it did not say."""
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """A question that changes nothing. None: as the VM is defined."""
+
+    vm: str
+    move: Request | None = None
+    """A migration to think through."""
+    devices: tuple[SpecDevice, ...] | None = None
+    tracking_policy: TrackingPolicy | None = None
+    downtime_limit_s: float | None = None
+
+
+@dataclass(frozen=True)
+class PlugRequest:
+    """A passthrough device to add to a VM."""
+
+    address: str
+    id: str | None = None
+    """None: the first hostdevN that is free."""
+    guest_bus: str | None = None
+    guest_address: str | None = None
+    accept_lower: bool = False
+    """Someone has agreed that the VM may be less migratable with it."""
 
 
 @dataclass(frozen=True)
@@ -247,8 +277,8 @@ class Answer:
 @dataclass(frozen=True)
 class Published:
     """One event of the stream. `id` grows by one; `kind` is e.g. migration.phase,
-    migration.round, migration.decision, vm.changed, peer.changed, device.changed, iommu.changed,
-    host.changed, events.lost."""
+    migration.round, migration.decision, vm.changed, vm.verdict_changed, peer.changed,
+    device.changed, iommu.changed, host.changed, events.lost."""
 
     id: int
     wall_s: float
@@ -313,7 +343,18 @@ class Service(Protocol):
 
     async def stop_vm(self, name: str) -> VmView: ...
 
+    async def plug_device(self, vm: str, request: PlugRequest, *, by: str) -> VmView:
+        """Add a passthrough device to a VM, running or not. Judged first: raises Refused with all
+        reasons, nothing touched."""
+
+    async def unplug_device(self, vm: str, id_: str, *, by: str) -> VmView:
+        """Take one out, together with the guest. Raises NotFound (`unknown_device`), Conflict
+        (`unplug_refused_by_guest`, ...), Unavailable (`unplug_pending`: ask again)."""
+
     async def plan(self, request: Request) -> PlanView: ...
+
+    async def what_if(self, question: WhatIf) -> PlanView:
+        """What a start or a migration would meet, were things so. Changes nothing."""
 
     async def create_migration(
         self, request: Request, *, idempotency_key: str | None, body_digest: str

@@ -164,15 +164,17 @@ class VmTable:
             self.changed(entry)
             log.warning("the VM's QEMU has exited", vm=entry.spec.name, pid=vmm.pid)
 
-    async def look(self, entry: Entry) -> None:
-        """Ask once; what changed is published. Never raises for what QEMU says or does not say."""
+    async def look(self, entry: Entry, *, refresh: bool = False) -> None:
+        """Ask once (with `refresh`: for everything); what changed is published. Never raises for
+        what QEMU says or does not say."""
         vmm, before = entry.vmm, entry.state
         if vmm is None:
             return
         now_s = self._world.clock.monotonic_s()
         try:
             old = entry.facts_at_s
-            if entry.facts is None or old is None or now_s - old > REFRESH_FACTS_S:
+            is_old = old is None or now_s - old > REFRESH_FACTS_S
+            if entry.facts is None or is_old or refresh:
                 entry.facts = await vmm.facts()
                 entry.facts_at_s = now_s
                 entry.run_state = entry.facts.run_state

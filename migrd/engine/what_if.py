@@ -1,0 +1,123 @@
+"""What if: other devices, another policy, a downtime limit, a destination. Nothing is changed.
+
+as it is, running    the standing decision, with the facts of now (core.hot_plug.reconsider)
+as it is, stopped    what its next start would decide, as far as it is known without a probe
+otherwise            what a start like that would decide
+with a destination   that host's decision besides, and all of preflight
+"""
+
+import asyncio
+from dataclasses import dataclass, replace
+
+from migrd.core.device_preflight import as_refusal
+from migrd.core.facts import VmFacts, VmSpec
+from migrd.core.hot_plug import reconsider
+from migrd.core.migration import Mode, Refusal
+from migrd.core.standing import StandingDecision, sound, standing
+from migrd.core.vfio_launch import VfioLaunch
+from migrd.engine.decisions import Decided, Decisions
+from migrd.engine.ports import HostProfile, Peer, Vmm
+from migrd.engine.prepare import Candidate, judge
+from migrd.engine.service import PlanView, WhatIf
+from migrd.engine.vms import Entry
+from migrd.engine.world import World
+
+
+@dataclass(frozen=True)
+class _Here:
+    """What is decided on this host."""
+
+    spec: VmSpec
+    decision: StandingDecision | None
+    refusals: tuple[Refusal, ...]
+    told: VfioLaunch | None
+    """What QEMU would be told; None: what it has been told."""
+
+
+@dataclass(frozen=True)
+class WhatIfs:
+    """Answers what-if questions about the VMs of this host."""
+
+    world: World
+    decisions: Decisions
+
+    async def here(self, entry: Entry, question: WhatIf) -> PlanView:
+        """Without a destination: may it be started like this, and what could be promised of it?"""
+        found = await self._here(entry, question)
+        facts = entry.facts
+        return PlanView(
+            vm=question.vm,
+            destination=None,
+            possible=not found.refusals,
+            refusals=found.refusals,
+            warnings=(),
+            memory_bytes=None if facts is None else facts.memory_bytes,
+            mode_choices=_modes(found.spec, facts),
+            decision=found.decision,
+        )
+
+    async def there(self, entry: Entry, question: WhatIf, vmm: Vmm, peer: Peer) -> PlanView:
+        """With a destination: would it go, and could it come back?"""
+        assert question.move is not None
+        found = await self._here(entry, question)
+        plan = None if found.decision is None else found.decision.plan
+        candidate = Candidate(found.spec, entry.epoch, vmm, plan, found.told)
+        facts: VmFacts | None
+        profile: HostProfile | None
+        async with asyncio.timeout(self.world.options.preflight_deadline_s):
+            result, facts, profile = await judge(self.world, question.move, candidate, peer)
+        refusals = tuple(dict.fromkeys((*found.refusals, *result.refusals)))
+        return PlanView(
+            vm=question.vm,
+            destination=question.move.destination,
+            possible=not refusals,
+            refusals=refusals,
+            warnings=result.warnings,
+            memory_bytes=None if facts is None else facts.memory_bytes,
+            mode_choices=_modes(found.spec, facts),
+            decision=found.decision,
+            plan_there=None if profile is None else profile.plan,
+        )
+
+    async def _here(self, entry: Entry, question: WhatIf) -> _Here:
+        spec = _as_asked(entry.spec, question)
+        self.decisions.check_policy(spec)
+        if not spec.devices:
+            return _Here(spec, None, (), None)
+        is_other = spec != entry.spec
+        now = await self.decisions.circumstances(spec, entry)
+        if is_other:
+            had = {device.id for device in entry.spec.devices if device in spec.devices}
+            now = replace(now, attached=now.attached & had, downgraded=frozenset())
+        now = replace(now, downtime_limit_s=question.downtime_limit_s)
+        decided = await self.decisions.decide(spec, now)
+        stands = entry.decision
+        if is_other or stands is None or not now.attached:
+            told = decided.plan.launch if is_other else None
+            return _Here(spec, self._stands(decided), _refusals(decided), told)
+        plan = sound(reconsider(stands.plan, decided.request))
+        again = standing(decided.request, plan, stands.decided_wall_s, probed=stands.probed)
+        return _Here(spec, again, (), None)
+
+    def _stands(self, decided: Decided) -> StandingDecision:
+        return decided.stands(self.world.clock.wall_s())
+
+
+def _as_asked(spec: VmSpec, question: WhatIf) -> VmSpec:
+    if question.devices is not None:
+        spec = replace(spec, devices=question.devices)
+    if question.tracking_policy is not None:
+        spec = replace(spec, tracking_policy=question.tracking_policy)
+    return spec
+
+
+def _refusals(decided: Decided) -> tuple[Refusal, ...]:
+    own = [Refusal(violation.code, violation.message) for violation in decided.own]
+    refused = [as_refusal(reason, decided.plan) for reason in decided.plan.refused]
+    return tuple(dict.fromkeys((*own, *refused)))
+
+
+def _modes(spec: VmSpec, facts: VmFacts | None) -> tuple[Mode, ...]:
+    """QEMU refuses postcopy for passthrough devices."""
+    has_devices = bool(spec.devices) or facts is None or bool(facts.passthrough_devices)
+    return (Mode.PRECOPY,) if has_devices else (Mode.PRECOPY, Mode.POSTCOPY)
