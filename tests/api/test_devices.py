@@ -29,7 +29,9 @@ async def addresses(api: Api, query: str = "") -> list[str]:
 # The one boolean
 
 
-async def test_one_instance_that_cannot_makes_it_false_and_is_named(api: Api) -> None:
+async def test_t3_one_instance_that_cannot_makes_the_one_boolean_false_and_is_named(
+    api: Api,
+) -> None:
     host = await the_host(api)
     assert host.all_iommus_track_dirty is False
     assert host.all_iommus_track_dirty_why.startswith("1 of 2 cannot: dmar1")
@@ -69,6 +71,14 @@ async def test_each_instance_carries_its_evidence(api: Api) -> None:
     assert (iommu.hardware_type, iommu.capability_bits) == (1, "0x5")
     assert iommu.unknown_capability_bits == "0x4"
     assert iommu.devices == 3
+
+
+async def test_t5_features_belong_to_instances_and_each_device_points_to_its_own(api: Api) -> None:
+    answers = {iommu.name: iommu.dirty_tracking.answer for iommu in (await the_host(api)).iommus}
+    for address in (VF, NVME, GPU):
+        device = Device.model_validate_json((await api("GET", f"/v1/devices/{address}")).body)
+        assert device.iommu is not None
+        assert device.iommu_dirty_tracking.answer is answers[device.iommu]
 
 
 async def test_the_kernel_is_told(api: Api) -> None:
@@ -220,7 +230,7 @@ async def test_what_sysfs_says_in_no_known_encoding_is_still_shown(api: Api) -> 
     assert len((await the_host(api)).inventory_trouble) == 100
 
 
-async def test_bits_and_flags_never_seen_before_are_shown_as_numbers(api: Api) -> None:
+async def test_t10_bits_and_flags_never_seen_before_are_shown_as_numbers(api: Api) -> None:
     bits = replace(CAN, capability_bits=2**64 - 1, unknown_capability_bits=2**63)
     strange = replace(
         pci(VF), migration=replace(pci(VF).migration, unknown_flags=0x100), vendor_id=0xFFFF

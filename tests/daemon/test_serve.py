@@ -125,6 +125,24 @@ async def test_prometheus_gets_metrics_that_pass_its_own_check(
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
 
 
+async def test_the_hosts_hardware_is_shown_whatever_it_has(short_tmp_path: Path) -> None:
+    async with serving(short_tmp_path) as (process, told):
+        await told.until("READY=1")
+        path = short_tmp_path / "run" / "api.sock"
+        _, _, body = await asyncio.to_thread(get, path, "/v1/host")
+        host = json.loads(body)
+        status, _, body = await asyncio.to_thread(get, path, "/v1/devices?limit=1000")
+        process.terminate()
+        _, stderr = await asyncio.wait_for(process.communicate(), 30)
+    assert host["kernel"]["release"] == os.uname().release
+    assert host["all_iommus_track_dirty_why"]
+    assert host["all_iommus_track_dirty"] is None or host["iommus"]
+    assert status == 200
+    assert len(json.loads(body)["items"]) == min(host["devices"], 1000)
+    lines = [json.loads(line) for line in stderr.splitlines()]
+    assert not [line for line in lines if line["level"] in ("error", "critical")]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -248,7 +248,9 @@ async def test_a_probe_is_kept_and_the_instance_learns_from_it() -> None:
         assert {event.kind for event in await stage.told()} == {"device.changed", "iommu.changed"}
 
 
-async def test_an_estimate_that_was_wrong_is_counted_once_and_changes_the_answer() -> None:
+async def test_t4_an_estimate_that_a_bind_contradicts_is_counted_once_and_changes_the_answer() -> (
+    None
+):
     async with watching(inventory([CAN], [pci(VF)])) as stage:
         found = Capability.probed(False, "capabilities 0x0")
         stage.passthrough.answers[VF] = replace(pci(VF), iommu_dirty_tracking=found)
