@@ -13,9 +13,10 @@ import abc
 import contextlib
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from migrd.core.facts import TransferAddress
 from migrd.demo.image import GuestImage
@@ -117,8 +118,17 @@ class FakeWorld(World):
 
 
 class RealWorld(World):
-    def __init__(self, version: str, binary: Path, directory: Path, rom: Path) -> None:
+    def __init__(
+        self,
+        version: str,
+        binary: Path,
+        directory: Path,
+        rom: Path,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`environment`: what the QEMUs have besides ours."""
         super().__init__()
+        self._environment = environment
         self.version = version
         self._binary = binary
         self._directory = directory
@@ -147,7 +157,9 @@ class RealWorld(World):
         return Link(TransferAddress(*proxy.address), freeze)
 
     async def _start(self, *more: str) -> Machine:
-        running = running_qemu(self._binary, self._directory, *self._rom, *more)
+        running = running_qemu(
+            self._binary, self._directory, *self._rom, *more, environment=self._environment
+        )
         qemu = await self._stack.enter_async_context(running)
         self._qemus[qemu.machine] = qemu
         return qemu.machine

@@ -135,6 +135,10 @@ class FakeLauncher:
         if violations:
             raise Invalid("devices that the profile does not allow", violations)
 
+    def memory_bytes(self, spec: VmSpec) -> int:
+        self.check(spec)
+        return self.host.ground.load.memory_bytes
+
     async def probe(self, spec: VmSpec) -> tuple[str, frozenset[Feature]]:
         self.check(spec)
         await asyncio.sleep(0.002)

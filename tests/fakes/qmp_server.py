@@ -252,6 +252,8 @@ class FakeQmp:
     def keep_fd(self, name: str, arrived: list[int]) -> Reply:
         if not arrived:
             raise Refusal("No file descriptor supplied via SCM_RIGHTS")
+        if name in self.fds:
+            os.close(self.fds[name])  # the new one takes its place
         self.fds[name] = arrived.pop(0)
         return {}
 

@@ -9,7 +9,8 @@ Rules kept (seen on QEMU 7.2 and 10.0): `migrate` to nobody is accepted and fail
 resumes by itself when its migration fails or is cancelled; a stalled link blocks the main loop in
 `device`, and keeps `cancelling` from ending under multifd; a destination takes one incoming
 migration in its life and leaves it `failed`, or dies of it; numbers vanish with the failure; a
-`yank` in the very moment of the switchover can hang a QEMU with multifd for good.
+`yank` in the very moment of the switchover can hang a QEMU with multifd for good. Passthrough
+devices have rules of their own (tests/fakes/qmp_devices.py).
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.fakes.qmp_devices import DEVICE_BYTES, FakeDevices
 from tests.fakes.qmp_server import FakeQmp, Refusal, Reply
 
 STEP_S = 0.002
@@ -78,11 +80,13 @@ class FakeVm:
         self._moved_at_s = 0.0
         self._resume_switchover = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self.vfio = FakeDevices(self)
         self._schema: list[Any] = json.loads((SCHEMAS / f"{self.version}.json").read_text())
 
     async def command(self, name: str, arguments: Mapping[str, Any]) -> Reply:
-        verb = getattr(self, "_" + name.replace("-", "_"), None)
-        if verb is None or name in {"start", "switch_over"}:
+        method = name.replace("-", "_")
+        verb = getattr(self, "_" + method, None) or getattr(self.vfio, method, None)
+        if verb is None or name in {"start", "switch_over", "tell", "close", "uses", "link"}:
             raise Refusal(f"The command {name} has not been found", "CommandNotFound")
         return await verb(**{key.replace("-", "_"): value for key, value in arguments.items()})
 
@@ -93,6 +97,7 @@ class FakeVm:
         self.exited.set()
         self.at_exit()
         self.network.listening.pop(self.port or 0, None)
+        self.vfio.close()
         if self._task is not None:
             self._task.cancel()
         for monitor in self.qmp.monitors:
@@ -105,8 +110,8 @@ class FakeVm:
 
     async def _query_migrate(self) -> Reply:
         answer: dict[str, Any] = {"status": self.status} if self.status != "none" else {}
-        if self.blocked_reasons:
-            answer["blocked-reasons"] = list(self.blocked_reasons)
+        if reasons := [*self.blocked_reasons, *self.vfio.blocked_reasons]:
+            answer["blocked-reasons"] = reasons
         if self.port is not None:
             address = {"type": "inet", "host": "127.0.0.1", "port": str(self.port)}
             answer["socket-address"] = [address]
@@ -120,6 +125,8 @@ class FakeVm:
                 "dirty-pages-rate": self.dirty_bytes_per_s // 4096, "multifd-bytes": 0,
                 "postcopy-requests": 0,
             }  # fmt: skip
+            if self.vfio.plugged:
+                answer["vfio"] = {"transferred": DEVICE_BYTES}
         return answer
 
     async def _query_qmp_schema(self) -> Reply:
@@ -129,11 +136,18 @@ class FakeVm:
         return {"base-memory": self.total_bytes, "plugged-memory": 0}
 
     async def _qom_list(self, path: str) -> Reply:
-        names = self.devices if path == "/machine/peripheral" else ()
-        rows = [{"name": name, "type": "child<vfio-pci>"} for name in names]
+        devices = (*self.devices, *self.vfio.plugged) if path == "/machine/peripheral" else ()
+        rows = [{"name": name, "type": "child<vfio-pci>"} for name in devices]
+        if path == "/objects":
+            rows = [{"name": name, "type": "child<object>"} for name in self.objects]
         return [{"name": "type", "type": "string"}, *rows]
 
     async def _qom_get(self, path: str, property: str) -> Reply:
+        if property != "type":
+            link = self.vfio.link(path) if property == "iommufd" else None
+            if link is None:
+                raise Refusal(f"Property '{path}.{property}' not found")
+            return link
         return f"pc-i440fx-{self.version}-machine"
 
     async def _query_migrate_capabilities(self) -> Reply:
@@ -165,10 +179,14 @@ class FakeVm:
     async def _object_add(self, **arguments: Any) -> Reply:
         if arguments["id"] in self.objects:
             raise Refusal(f"attempt to add duplicate property '{arguments['id']}' to object")
+        if arguments["qom_type"] == "iommufd":
+            self.vfio.take_iommufd(arguments)
         self.objects[arguments["id"]] = arguments
         return {}
 
     async def _object_del(self, id: str) -> Reply:
+        if self.vfio.uses(id):
+            raise Refusal(f"object '{id}' is in use, can not be deleted")
         if self.objects.pop(id, None) is None:
             raise Refusal(f"object '{id}' not found")
         return {}
@@ -195,14 +213,19 @@ class FakeVm:
         if self.run_state != "running":
             self.run_state = "running"
             await self.qmp.emit("RESUME")
+            await self.vfio.tell("running-p2p", "running")
 
     # A migration away
+
+    @property
+    def is_migrating(self) -> bool:
+        return self.status in UNDER_WAY and (not self.is_incoming or self.status != "setup")
 
     async def _migrate(self, uri: str, resume: bool = False) -> Reply:
         if self.status in UNDER_WAY:
             raise Refusal("There's a migration process in progress")
-        if self.blocked_reasons:
-            raise Refusal(f"State blocked by {self.blocked_reasons[0]}")
+        if reasons := [*self.blocked_reasons, *self.vfio.blocked_reasons]:
+            raise Refusal(f"State blocked by {reasons[0]}")
         self.error, self.passes, self.sent_bytes = "", 0, 0
         self._was_running = self.run_state == "running"
         self._resume_switchover.clear()
@@ -221,6 +244,8 @@ class FakeVm:
             await self._fail("ram_save_setup failed: Input/output error")
             return
         await peer._become("active")
+        await peer.vfio.tell("resuming")
+        await self.vfio.tell("pre-copy")
         await self._next_pass(dirtied_bytes=self.working_set_bytes)
         await self._become("active")
         await self._copy_until_it_fits(peer)
@@ -254,6 +279,7 @@ class FakeVm:
         await self.qmp.emit("MIGRATION_PASS", {"pass": self.passes})
 
     async def _switch_over(self, peer: "FakeVm") -> None:
+        await self.vfio.stop_for_the_switchover()
         if self.run_state == "running":
             self.run_state = "finish-migrate"
             await self.qmp.emit("STOP")
@@ -262,6 +288,9 @@ class FakeVm:
             await self._become("pre-switchover")
             await self._resume_switchover.wait()
         await self._become("device")
+        if self.vfio.was_reset is not None:
+            await self._fail(self.vfio.was_reset)
+            return
         if self.network.stalled:
             self.qmp.block()  # the main loop writes to a socket that takes nothing
             while self.network.stalled:  # noqa: ASYNC110 - simulated time
@@ -276,6 +305,7 @@ class FakeVm:
         peer.run_state = "paused"
         await self._become("completed")
         self.run_state = "postmigrate"
+        await self.vfio.tell("stop")
 
     async def _migrate_continue(self, state: str) -> Reply:
         if self.status != state:
@@ -357,6 +387,7 @@ class FakeVm:
     async def serving(self, *paths: Path) -> AsyncIterator["FakeVm"]:
         async with self.qmp.serving(*paths):
             yield self
+            self.vfio.close()
             for task in (self._task, getattr(self, "_cancelled", None)):
                 if task is not None:
                     task.cancel()

@@ -1,11 +1,13 @@
 """Real QEMUs for the adapter's tests: two monitors, held by a pidfd, dead when the block ends."""
 
 import contextlib
+import os
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from migrd.engine.threads import in_thread
 from migrd.qemu.machine import Machine
@@ -38,13 +40,20 @@ def arguments(binary: Path, directory: Path, *more: str) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def running_qemu(
-    binary: Path, parent: Path, *more: str, call_deadline_s: float = 5.0, has_oob: bool = True
+    binary: Path,
+    parent: Path,
+    *more: str,
+    call_deadline_s: float = 5.0,
+    has_oob: bool = True,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[RealQemu]:
     """Start one, connect a Machine to it, and kill it at the end."""
     directory = Path(tempfile.mkdtemp(dir=parent))
     with (directory / "stderr").open("wb") as stderr:
         command = arguments(binary, directory, *more)
-        child = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL)  # noqa: ASYNC220 - as short as a fork
+        child = subprocess.Popen(  # noqa: ASYNC220 - as short as a fork
+            command, stderr=stderr, stdin=subprocess.DEVNULL, env={**os.environ, **environment}
+        )
     process = await watch_child(child.pid)
     oob_path = directory / "oob" if has_oob else None
     attachment = Attachment(child_name(binary), "1", directory / "qmp", oob_path, process)
