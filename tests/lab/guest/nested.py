@@ -117,8 +117,12 @@ async def nested(
     name: str = "qemu",
     incoming: bool = False,
     arguments: tuple[str, ...] = (),
+    inherited: tuple[int, ...] = (),
 ) -> AsyncIterator[Nested]:
-    """Start QEMU 10 with `devices`; it is not running its guest yet. `later` can be plugged in."""
+    """Start QEMU 10 with `devices`; it is not running its guest yet. `later` can be plugged in.
+
+    `inherited`: descriptors that `arguments` name.
+    """
     with contextlib.ExitStack() as held:
         given = _Given(held)
         for device in devices:
@@ -135,7 +139,7 @@ async def nested(
             machine="q35",
             incoming=incoming,
             arguments=("-D", str(trace), *traced, *arguments, *given.arguments),
-            inherited=tuple(given.descriptors),
+            inherited=(*given.descriptors, *inherited),
         )
         async with qemu:
             yield Nested(qemu, given.iommufds, trace, pluggable)
