@@ -83,6 +83,35 @@ def may_be_asked(device: Device) -> bool:
     )
 
 
+def remembering(device: Device, evidence: DeviceEvidence) -> Device:
+    """The device with what the kernel answered of it before it was given to a VM, wherever nothing
+    better is known: it can't change while the VM has it."""
+    if evidence.address != device.address:
+        return device
+    migration = device.migration
+    if _is_better(evidence.migration, migration.can):
+        migration = replace(
+            migration,
+            can=evidence.migration,
+            flags=frozenset(evidence.migration_flags),
+            stop_copy_bytes=evidence.stop_copy_bytes,
+        )
+    return replace(
+        device,
+        iommu_dirty_tracking=_better(evidence.iommu_dirty_tracking, device.iommu_dirty_tracking),
+        dma_logging=_better(evidence.dma_logging, device.dma_logging),
+        migration=migration,
+    )
+
+
+def _better(before: Capability, now: Capability) -> Capability:
+    return before if _is_better(before, now) else now
+
+
+def _is_better(before: Capability, now: Capability) -> bool:
+    return before.evidence is Evidence.PROBED and now.evidence is not Evidence.PROBED
+
+
 def with_addresses(spec: VmSpec, addresses: Mapping[str, str]) -> VmSpec:
     """The spec for another host: its devices by QEMU id at their addresses there."""
     devices = tuple(

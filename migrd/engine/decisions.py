@@ -10,7 +10,7 @@ names the field, the device, the reason and the cure.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
@@ -18,7 +18,13 @@ import structlog
 from migrd.core.devices import Device, Inventory, IommuInstance
 from migrd.core.facts import SpecDevice, VmSpec
 from migrd.core.hot_plug import compare
-from migrd.core.standing import StandingDecision, sound, standing
+from migrd.core.standing import (
+    DeviceEvidence,
+    StandingDecision,
+    remembering,
+    sound,
+    standing,
+)
 from migrd.core.tracking import Plan, Reason, TrackingRequest, VmDevice, decide
 from migrd.engine.threads import in_thread
 from migrd.engine.vms import Entry, VmTable
@@ -43,6 +49,9 @@ class Circumstances:
     downtime_limit_s: float | None = None
     switchover_bytes_per_s: float | None = None
     downgraded: frozenset[str] = frozenset()
+    remembered: Mapping[str, DeviceEvidence] = field(default_factory=dict)
+    """QEMU id -> what the kernel answered before the running VM had the device: it answers nobody
+    else now."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +131,9 @@ class Decisions:
         facts = None if entry is None else entry.facts
         if entry is not None and entry.vmm is not None and not entry.vmm.is_dead:
             attached = frozenset(device.id for device in spec.devices)
-            downgraded = frozenset(() if entry.decision is None else entry.decision.downgraded)
+            stands = entry.decision
         else:
-            attached = downgraded = frozenset()
+            attached, stands = frozenset(), None
         memory = None if facts is None else facts.memory_bytes
         if memory is None and spec.profile is not None:
             memory = await in_thread(self._world.launcher.memory_bytes, spec)
@@ -132,7 +141,8 @@ class Decisions:
             attached=attached,
             memory_bytes=memory,
             switchover_bytes_per_s=self.bandwidth_bytes_per_s(),
-            downgraded=downgraded,
+            downgraded=frozenset(() if stands is None else stands.downgraded),
+            remembered={} if stands is None else {one.id: one for one in stands.evidence},
         )
 
     async def decide(self, spec: VmSpec, now: Circumstances | None = None) -> Decided:
@@ -151,7 +161,7 @@ class Decisions:
         devices are left out of it."""
         check_devices(spec)
         world, inventory = self._world, self._world.inventory.current
-        found, violations = self._find(spec, inventory, now.attached)
+        found, violations = self._find(spec, inventory, now)
         offer = await world.launcher.vfio_features(spec)
         request = TrackingRequest(
             devices=tuple(found),
@@ -169,7 +179,7 @@ class Decisions:
         return request, violations
 
     def _find(
-        self, spec: VmSpec, inventory: Inventory, attached: frozenset[str]
+        self, spec: VmSpec, inventory: Inventory, now: Circumstances
     ) -> tuple[list[VmDevice], list[Violation]]:
         users = self.users()
         found: list[VmDevice] = []
@@ -187,7 +197,7 @@ class Decisions:
                     "device out of it first"
                 )
                 violations.append(Violation(field, "in_use", said))
-            found.append(_vm_device(wanted, device, attached))
+            found.append(_vm_device(wanted, device, now))
         return found, violations
 
     async def _profile_says(self, spec: VmSpec, plan: Plan) -> list[Violation]:
@@ -263,7 +273,10 @@ def _held_by(entry: Entry) -> Iterable[str]:
     return (*(device.address for device in entry.spec.devices), *told)
 
 
-def _vm_device(wanted: SpecDevice, device: Device, attached: frozenset[str]) -> VmDevice:
+def _vm_device(wanted: SpecDevice, device: Device, now: Circumstances) -> VmDevice:
+    evidence, attached = now.remembered.get(wanted.id), now.attached
+    if wanted.id in attached and evidence is not None:
+        device = remembering(device, evidence)
     return VmDevice(
         id=wanted.id,
         device=sound(device),

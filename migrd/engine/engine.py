@@ -17,6 +17,7 @@ from migrd.engine.host import HostFacts
 from migrd.engine.migrations import Migrations
 from migrd.engine.reception import Reception
 from migrd.engine.recovery import adopt_found, recover
+from migrd.engine.reevaluation import Reevaluation
 from migrd.engine.registry import Registry
 from migrd.engine.vms import VmTable
 from migrd.engine.world import World
@@ -53,6 +54,8 @@ class Engine:
         self.host.recovered = True
         self._group.create_task(self.host.watch(), name="peers")
         self._group.create_task(self._rescan(), name="rescan")
+        again = Reevaluation(self._world, self.vms, self.decisions)
+        self._group.create_task(again.watch(), name="decisions")
         return self
 
     async def __aexit__(

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
-from migrd.core.facts import VmSpec
+from migrd.core.facts import SpecDevice, VmSpec
 from migrd.core.migration import MigrationState, Policy, Request
 from migrd.core.phases import Phase
+from migrd.core.tracking import TrackingPolicy
 from migrd.engine import host as host_module
 from migrd.engine import reception as reception_module
 from migrd.engine.engine import Engine
@@ -31,6 +32,7 @@ from migrd.engine.stream import Stream
 from migrd.engine.world import NobodyWatches, World
 from tests.fakes.gate import Gate, Gated, GatedLauncher, Plan, no_faults
 from tests.fakes.guest import Guest
+from tests.fakes.hardware import Hardware, SimPassthrough, pidfds_of
 from tests.fakes.journal import FakeDisk, FakeJournal
 from tests.fakes.launcher import FakeHost, FakeLauncher, Ground
 from tests.fakes.qemu_process import FakeQemu
@@ -55,6 +57,14 @@ class Counts(NobodyWatches):
     ended: list[tuple[str, str, str]] = field(default_factory=list)
     blackouts_s: list[float] = field(default_factory=list)
     violations: int = 0
+    decisions: list[tuple[str, str, str]] = field(default_factory=list)
+    wrong_estimates: int = 0
+
+    def decided(self, policy: str, decision: str, reason: str) -> None:
+        self.decisions.append((policy, decision, reason))
+
+    def estimate_was_wrong(self) -> None:
+        self.wrong_estimates += 1
 
     def migration_ended(self, role: str, outcome: str, reason: str) -> None:
         self.ended.append((role, str(outcome), reason))
@@ -77,6 +87,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._ready = asyncio.Event()
         self.launcher = FakeLauncher(pair.hosts[name])
+        self.passthrough = SimPassthrough(pair.hardware[name])
         self.journal = FakeJournal(pair.disks[name], commit_s=COMMIT_S)
         self.options = replace(pair.options[name], host=name)
         self.engine = Engine(self._world())
@@ -94,7 +105,19 @@ class Daemon:
         }
         stream = Stream(history=options.history, queue=options.queue, wall_s=clock.wall_s)
         peer_map: Mapping[str, Peer] = peers
-        return World(options, journal, launcher, peer_map, stream, clock, self.observer)
+        hardware = pair.hardware[self.name]
+        return World(
+            options,
+            journal,
+            launcher,
+            peer_map,
+            stream,
+            clock,
+            self.observer,
+            inventory=hardware.inventory,
+            passthrough=self.passthrough,
+            open_pidfd=pidfds_of(hardware.host),
+        )
 
     async def _live(self) -> None:
         pair = self._pair
@@ -126,6 +149,7 @@ class Daemon:
         self._task.cancel()
         await asyncio.wait([self._task])
         self.launcher.close()
+        self.passthrough.end()
 
     async def stop(self) -> None:
         """An orderly shutdown; raises what it raises."""
@@ -145,6 +169,7 @@ class Pair:
         self.road = Road()
         self.hosts = {name: FakeHost(name, self.ground) for name in ("alpha", "beta")}
         self.disks = {name: FakeDisk() for name in self.hosts}
+        self.hardware = {name: Hardware(host) for name, host in self.hosts.items()}
         self.memory_bytes: dict[str, int | None] = dict.fromkeys(self.hosts, 8 * GIB)
         roster = {name: f"https://{name}:7744" for name in self.hosts}
         self.options = {
@@ -203,6 +228,8 @@ class Pair:
         wrong = {g.name: g.violations for g in self.ground.guests.values() if g.violations}
         assert not wrong, wrong
         assert not any(d.observer.violations for d in self.daemons.values())
+        leaks = {name: found for name, h in self.hardware.items() if (found := h.leaks())}
+        assert not leaks, leaks
 
     async def start(self, name: str) -> Daemon:
         """Start a daemon; the one before it is gone."""
@@ -233,10 +260,22 @@ class Pair:
     def guest(self, name: str = VM) -> Guest:
         return self.ground.guest(name)
 
-    async def boot(self, name: str = VM, *, on: str = "alpha") -> FakeQemu:
-        """Define and start a VM through the daemon's own service."""
+    async def boot(
+        self,
+        name: str = VM,
+        *,
+        on: str = "alpha",
+        devices: Mapping[str, str] | None = None,
+        policy: TrackingPolicy | None = None,
+    ) -> FakeQemu:
+        """Define and start a VM through the daemon's own service. `devices`: QEMU id -> address."""
         service = self.daemons[on].service
-        await service.define_vm(VmSpec(name, "tiny"), dry_run=False)
+        given = tuple(
+            SpecDevice(id_, address, guest_bus="pcie.0", guest_address=f"{slot:02x}.0")
+            for slot, (id_, address) in enumerate((devices or {}).items(), start=5)
+        )
+        spec = VmSpec(name, "tiny", devices=given, tracking_policy=policy)
+        await service.define_vm(spec, dry_run=False)
         await service.start_vm(name)
         return self.hosts[on].qemu(name)
 
