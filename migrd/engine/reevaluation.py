@@ -5,8 +5,8 @@
         stopped   as its next start would be decided
     another verdict, or other reasons ──► kept durably, counted, `vm.verdict_changed`
 
-Bounded: one pass at a time, at most one every PAUSE_S, however often the hardware changes; a VM that
-somebody is changing, or that is being migrated, is left for the next pass.
+Bounded: one pass at a time, at most one every PAUSE_S, however often the hardware changes; a VM
+that somebody is changing, or that is being migrated, is left for the next pass.
 """
 
 import asyncio

@@ -76,12 +76,21 @@ class Registry:
         return self._host.readiness(self._migrations)
 
     def devices(self) -> tuple[int, Sequence[DeviceView]]:
-        return self._host.devices.views()
+        version, views = self._host.devices.views()
+        users = self._migrations.decisions.users()
+        return version, [_with_user(view, users) for view in views] if users else views
 
     def device(self, address: str) -> DeviceView:
-        return self._host.devices.view(address)
+        return _with_user(self._host.devices.view(address), self._migrations.decisions.users())
 
     async def probe_device(self, address: str, *, by: str) -> DeviceView:
+        user = self._migrations.decisions.users().get(address)
+        if user is not None:
+            raise Conflict(
+                f"{address} is in use by the VM {user}, and answers nobody else; what it answered "
+                f"before is in the decision of {user}",
+                code="device_in_use",
+            )
         return await self._host.devices.probe(address, by=by)
 
     # VMs --------------------------------------------------------------------------------------
@@ -357,6 +366,11 @@ class Registry:
     def _answer(self, m: Outgoing, admission: Admission, reason: str) -> Answer:
         message = f"migration {m.id} is {m.state.phase.value}"
         return Answer(admission, reason, message, views.of_outgoing(m, self._queue_position(m)))
+
+
+def _with_user(view: DeviceView, users: Mapping[str, str]) -> DeviceView:
+    user = users.get(view.device.address)
+    return view if user is None else replace(view, in_use_by=user)
 
 
 def _check_ids(request: Request, devices: tuple[SpecDevice, ...]) -> None:

@@ -161,6 +161,9 @@ class SimOpenDevices:
     ) -> DirtyPeek | None:
         return DirtyPeek(hwpt, iova, length_bytes, page_size_bytes, 0, 0.0)
 
+    async def is_mapped(self, hwpt: HwptRef, iova: int, length_bytes: int) -> bool:
+        return True
+
     async def close_at_exit(self, pidfd: int) -> None:
         self.pid = PIDS[pidfd]
         gone = asyncio.Event()
