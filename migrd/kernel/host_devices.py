@@ -192,13 +192,18 @@ def _driver_override(device: Directory) -> str | None:
 def _can_reset(device: Directory) -> Capability:
     before = len(device.trouble)
     methods = device.text("reset_method")  # since Linux 5.15
+    if methods is None and len(device.trouble) > before:
+        return Capability.unknown(Unknown.NOT_READABLE, device.trouble[-1])
+    return _reset_by(methods, methods is None and device.has("reset"))
+
+
+@lru_cache(maxsize=256)
+def _reset_by(methods: str | None, has_reset: bool) -> Capability:
     if methods:
         return Capability.estimated(True, f"reset_method: {methods}")
-    if len(device.trouble) > before:
-        return Capability.unknown(Unknown.NOT_READABLE, device.trouble[-1])
-    if methods == "":
+    if methods is not None:
         return Capability.estimated(False, "reset_method is empty: every method was switched off")
-    if device.has("reset"):
+    if has_reset:
         return Capability.estimated(True, "has the attribute `reset`")
     return Capability.estimated(False, "no reset_method, no reset")
 
