@@ -5,6 +5,7 @@
     watching  one daemon that watches 200 VMs at 1 Hz
     scraping  a scrape of 10,000 series
     calls     one QMP command, one journal record, one message to a peer
+    decision  the decision at VM start, for 16 devices on 8 IOMMU instances
     inventory a host with 4,096 PCI functions: full scan, one uevent, event loop
 
 Without a name all run, with 9 runs each (medians of these; interleaved, so that all sides meet the
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
-from tests.bench import calls, inventory, moving, scraping, virsh, watching
+from tests.bench import calls, decision, inventory, moving, scraping, virsh, watching
 from tests.bench.figures import Table
 
 RUNS: Final = 9
@@ -30,6 +31,7 @@ BENCHES: Final[Mapping[str, Callable[[int], Awaitable[Table]]]] = {
     "watching": watching.run,
     "scraping": scraping.run,
     "calls": calls.run,
+    "decision": decision.run,
     "inventory": inventory.run,
 }
 
