@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from errno import EINVAL, EOPNOTSUPP
+from functools import cache
 
 from migrd.core.tracking_request import DomainFlag
 
@@ -99,8 +100,16 @@ def build(
     EOPNOTSUPP, one after the other, tracking last and then instead of the others; nothing under
     `require`.
     """
+    rungs = _rungs(flags, is_first, tuple(flag for flag in may_lose if flag in flags))
+    return Ladder(device, rungs, at=len(rungs) - 1)
+
+
+@cache
+def _rungs(
+    flags: frozenset[DomainFlag], is_first: bool, may_lose: tuple[DomainFlag, ...]
+) -> tuple[Rung, ...]:
+    """The last one is the first to stand on. Kept: there are few, and each VM has many devices."""
     rungs = _Rungs()
-    may_lose = [flag for flag in may_lose if flag in flags]
     escape: Mapping[int, int] = {}
     if DomainFlag.DIRTY_TRACKING in may_lose:
         lost = frozenset({DomainFlag.DIRTY_TRACKING})
@@ -118,7 +127,7 @@ def build(
         attach = rungs.attach(rung, escape if tracks else {})
         if is_first:
             below = {EOPNOTSUPP: rungs.add(replace(rung, then=attach, on_errno=below))}
-    return Ladder(device, tuple(rungs), at=len(rungs) - 1)
+    return tuple(rungs)
 
 
 def step(ladder: Ladder, errno: int | None) -> Ladder:

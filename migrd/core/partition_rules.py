@@ -89,13 +89,13 @@ def _is_untracked(one: Kind) -> bool:
 
 
 def captures(first: Kind, later: Kind) -> bool:
-    """H1: the page table that `first` has, or may get, is plain, and `later` may need its own."""
+    """H1: the page table that `first` has, or may get, is plain, and `later` may need its own. Also
+    where both log, so that it would not matter now: `later` would still be on that plain page table
+    when the next device comes, and nobody could see it."""
     if not (first.is_behind_iommu and later.is_behind_iommu) or _alike(first, later):
         return False
-    if first.log is YES and later.log is YES:
-        return False  # the logs are used either way
-    is_before = first.is_attached or first.order < later.order or first.cap is UNKNOWN
-    return first.cap is not YES and later.cap is not NO and not later.is_attached and is_before
+    is_before = first.is_attached or first.order <= later.order
+    return is_before and not later.is_attached and first.cap is not YES and later.cap is not NO
 
 
 def _alike(one: Kind, other: Kind) -> bool:

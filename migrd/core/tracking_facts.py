@@ -108,8 +108,7 @@ def traits_of(request: TrackingRequest, *, legacy: bool) -> dict[str, Traits]:
         if one.device.is_passthrough
     ]
     shared = _shared_answers(found)
-    together = (replace(one, cap=shared.get(_group(one), one.cap)) for one in found)
-    return {one.id: _under_viommu(one, request) for one in together}
+    return {one.id: _under_viommu(_in_group(one, shared), request) for one in found}
 
 
 def _traits(one: VmDevice, request: TrackingRequest, *, legacy: bool) -> Traits:
@@ -139,6 +138,11 @@ def _traits(one: VmDevice, request: TrackingRequest, *, legacy: bool) -> Traits:
 
 def _group(one: Traits) -> int | None:
     return one.vm_device.device.iommu_group if one.is_behind_iommu else None
+
+
+def _in_group(one: Traits, shared: Mapping[int | None, Answer]) -> Traits:
+    cap = shared.get(_group(one), one.cap)
+    return one if cap is one.cap else replace(one, cap=cap)
 
 
 def _shared_answers(traits: Iterable[Traits]) -> Mapping[int | None, Answer]:

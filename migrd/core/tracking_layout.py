@@ -10,6 +10,7 @@ where the policy allows: the ladder finds out, and marks the device when it cann
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from migrd.core.attach_ladder import Ladder, build
 from migrd.core.devices import Answer, IommuKind
@@ -42,6 +43,12 @@ class Layout:
     def attach_order(self) -> tuple[str, ...]:
         """QEMU ids. On the legacy interface nothing depends on it."""
         return self.partition.attach_order or tuple(self.traits)
+
+    @cached_property
+    def has_p2p(self) -> bool:
+        """The P2P rule cannot strike: all that migrate have it, or one alone migrates."""
+        moving = [one for one in self.traits.values() if one.migrates is not NO]
+        return len(moving) < 2 or not any(one.p2p is NO for one in moving)
 
     def is_requested(self, one: Traits) -> bool:
         return TRACKING in self.flags[one.id]

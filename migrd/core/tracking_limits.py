@@ -40,7 +40,7 @@ def limits(layout: Layout) -> Iterator[Reason]:
     """Of all devices, and the notes that belong to them."""
     for one in layout.traits.values():
         yield from _migration(one)
-        if not has_p2p(layout) and one.migrates is YES and one.p2p is NO:
+        if not layout.has_p2p and one.migrates is YES and one.p2p is NO:
             yield Reason(
                 ReasonCode.DEVICE_NO_P2P,
                 one.id,
@@ -68,12 +68,6 @@ def _migration(one: Traits) -> Iterator[Reason]:
         )
     elif one.migrates is UNKNOWN:
         yield unknown(one, "whether it can migrate", told, Probe.MIGRATION_FEATURE, _UNPLUG)
-
-
-def has_p2p(layout: Layout) -> bool:
-    """The P2P rule cannot strike: all that migrate have it, or one alone migrates."""
-    moving = [one for one in layout.traits.values() if one.migrates is not NO]
-    return len(moving) < 2 or not any(one.migrates is YES and one.p2p is NO for one in moving)
 
 
 def _logs_under_viommu(one: Traits) -> Reason:
@@ -168,7 +162,7 @@ def _against_copying(one: Traits, layout: Layout) -> Iterator[Reason]:
     if one.vm_device.attached and not (standing is not None and standing.may_copy_all):
         why = f"{name(one)} was given to QEMU without enable-migration=on, {cannot}"
         yield Reason(ReasonCode.STARTED_WITHOUT, one.id, why, "unplug it and plug it again")
-    if not has_p2p(layout):
+    if not layout.has_p2p:
         why = f"devices without P2P would keep QEMU from starting, {cannot}"
         yield Reason(ReasonCode.DEVICE_NO_P2P, one.id, why, UNTIL_UNPLUGGED)
 
