@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from migrd.core.facts import VmSpec
 from migrd.core.vfio_launch import VfioLaunch
 from migrd.errors import ConfigError, Invalid, NotFound, Violation
+from migrd.qemu.allowance import PassthroughRules
 from migrd.qemu.parameters import (
     BooleanParameter,
     IntegerParameter,
@@ -147,6 +148,8 @@ def _lines(error: ErrorDetails) -> Iterator[str]:
     loc = error["loc"]
     in_parameter = len(loc) > 2 and loc[0] == "parameters" and loc[2] in _MODELS
     model: type[BaseModel] = _MODELS[str(loc[2])] if in_parameter else LaunchProfile
+    if len(loc) > 1 and loc[0] == "passthrough":
+        model = PassthroughRules
     if in_parameter:
         loc = (*loc[:2], *loc[3:])  # without the tag of the union
     key = _dotted(loc)

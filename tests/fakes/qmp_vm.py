@@ -59,6 +59,8 @@ class FakeVm:
     """What the guest ever touches: the rest is zeros, and costs nothing to send."""
     dirty_bytes_per_s: int = 0
     devices: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    """Ids of devices that are not passed through."""
     blocked_reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -138,6 +140,8 @@ class FakeVm:
     async def _qom_list(self, path: str) -> Reply:
         devices = (*self.devices, *self.vfio.plugged) if path == "/machine/peripheral" else ()
         rows = [{"name": name, "type": "child<vfio-pci>"} for name in devices]
+        if path == "/machine/peripheral":
+            rows += [{"name": name, "type": "child<virtio-net-pci>"} for name in self.others]
         if path == "/objects":
             rows = [{"name": name, "type": "child<object>"} for name in self.objects]
         return [{"name": "type", "type": "string"}, *rows]

@@ -12,7 +12,7 @@ TIMES = 300
 async def test_an_instance_that_goes_away_while_find_looks_is_no_error(
     short_tmp_path: Path,
 ) -> None:
-    launcher = QemuLauncher(Profiles(short_tmp_path / "profiles"), short_tmp_path)
+    launcher = QemuLauncher(Profiles(directory=short_tmp_path / "profiles"), short_tmp_path)
     stop = threading.Event()
 
     def come_and_go() -> None:
