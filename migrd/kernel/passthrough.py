@@ -1,9 +1,9 @@
 """Asks devices what they can, and opens them for a VM (port `Passthrough`).
 
-    probe   cdev ─┐                       open    cdevs, iommufds ─► KernelOpenDevices
-        iommufd ─┴─ bind ─ ask ─ close                                 │ hand_over: cdevs closed
-                                                                       │ find_hwpts, peek
-                                          VMM exits (pidfd) ──────────►┴ close
+    probe   cdev ─┐                     open    cdevs, iommufds ─► KernelOpenDevices
+        iommufd ─┴─ bind ─ ask ─ close  rejoin  a VMM's iommufds ──► │ hand_over: cdevs closed
+                                                                     │ find_hwpts, peek
+                                        VMM exits (pidfd) ──────────►┴ close
 
 Rules
 1. One owner: the kernel lets one descriptor bind a device. So a device that is open for a VM is
@@ -31,7 +31,7 @@ from migrd.engine.device_ports import DirtyPeek, HwptRef
 from migrd.engine.threads import in_thread
 from migrd.errors import KernelBusy, KernelGone
 from migrd.kernel.device_answers import Answers, ask, open_iommufd
-from migrd.kernel.iommufd import DEVICE, Iommufd
+from migrd.kernel.iommufd import DEVICE, Iommufd, numbers_in
 from migrd.kernel.page_table import ForeignHwpt
 from migrd.kernel.vfio import VfioDevice
 from migrd.kernel.vfio_calls import LINUX, SystemCalls
@@ -51,10 +51,12 @@ class KernelPassthrough:
         iommufd_path: str | Path = DEVICE,
         system: SystemCalls = LINUX,
         probe_limit_s: float = PROBE_LIMIT_S,
+        proc: str | Path = "/proc",
     ) -> None:
         self._iommufd_path = str(iommufd_path)
         self._system = system
         self._probe_limit_s = probe_limit_s
+        self._proc = str(proc)
         self._slots = asyncio.Semaphore(_PROBES_AT_ONCE)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="probe")
         self._probing: dict[str, _Probe] = {}
@@ -79,24 +81,42 @@ class KernelPassthrough:
 
     async def open(self, devices: Sequence[Device], iommufds: int) -> "KernelOpenDevices":
         """See the port."""
-        addresses = [device.address for device in devices]
-        for device in devices:
-            if device.address in self._lent or addresses.count(device.address) > 1:
-                raise KernelBusy(
-                    f"device {device.address} is open for a VM already: stop that VM, or choose"
-                    " another device",
-                    code="device_in_use",
-                )
-        self._lent.update(addresses)
-        opened = KernelOpenDevices(partial(self._lent.difference_update, addresses))
+        opened = self._lend(devices)
         try:
-            for address in addresses:
-                await self._probe_over(address)
+            for device in devices:
+                await self._probe_over(device.address)
             await in_thread(opened.fill, devices, iommufds, self._iommufd_path, self._system)
         except BaseException:
             await opened.close()
             raise
         return opened
+
+    async def rejoin(self, devices: Sequence[Device], pid: int, pidfd: int) -> "KernelOpenDevices":
+        """The iommufds of a VMM that has `devices` already, by copies of its descriptors: after a
+        restart of this daemon, or for a VM that something else launched. In the order of the VMM's
+        descriptors, and without device descriptors.
+
+        Raises KernelDenied, KernelGone (no such process, or it has no iommufd), KernelBusy.
+        """
+        opened = self._lend(devices)
+        try:
+            await in_thread(opened.fill_from_process, pid, pidfd, self._proc, self._system)
+        except BaseException:
+            await opened.close()
+            raise
+        return opened
+
+    def _lend(self, devices: Sequence[Device]) -> "KernelOpenDevices":
+        addresses = [device.address for device in devices]
+        for address in addresses:
+            if address in self._lent or addresses.count(address) > 1:
+                raise KernelBusy(
+                    f"device {address} is open for a VM already: stop that VM, or choose another"
+                    " device",
+                    code="device_in_use",
+                )
+        self._lent.update(addresses)
+        return KernelOpenDevices(partial(self._lent.difference_update, addresses))
 
     async def _probe_over(self, address: str) -> None:
         probe = self._probing.get(address)
@@ -177,6 +197,13 @@ class KernelOpenDevices:
                 )
             opened = VfioDevice.open(device.vfio_cdev, device.address, system)
             self._devices[device.address] = opened
+
+    def fill_from_process(self, pid: int, pidfd: int, proc: str, system: SystemCalls) -> None:
+        """Take copies of the iommufds of a process; blocks. After an error as in `fill`."""
+        for number in numbers_in(pid, proc):
+            self._iommufds.append(Iommufd.from_process(pidfd, number, system.ioctl))
+        if not self._iommufds:
+            raise KernelGone(f"process {pid} has no iommufd open", code="no_iommufd")
 
     @property
     def iommufds(self) -> Sequence[int]:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -523,6 +524,52 @@ async def test_no_call_on_a_vmms_page_table_ever_clears(
     assert iommufd_abi.IOMMU_HWPT_SET_DIRTY_TRACKING not in numbers
     await asyncio.to_thread(vmm.close)
     await opened.close()
+
+
+# ---- a VMM that has its devices already
+
+
+async def test_a_vmm_that_runs_already_is_peeked_at_through_copies(
+    kernel: VfioKernel, tmp_path: Path
+) -> None:
+    """As after a restart of this daemon. The VMM is this process."""
+    device = device_at(kernel.add(SimDevice(), Iommu.TRACKS))
+    before = KernelPassthrough(system=kernel.system)
+    opened = await before.open([device], 1)
+    vmm = await asyncio.to_thread(Vmm, kernel, opened, device.address, 0)
+    await opened.close()
+    before.close()
+    listing = tmp_path / str(os.getpid()) / "fd"
+    listing.mkdir(parents=True)
+    (listing / "0").symlink_to("/dev/null")
+    (listing / str(vmm.iommufd.fileno())).symlink_to(IOMMU_PATH)
+    after = KernelPassthrough(system=kernel.system, proc=tmp_path)
+    pidfd = os.pidfd_open(os.getpid())
+    rejoined = await after.rejoin([device], os.getpid(), pidfd)
+    assert len(rejoined.iommufds) == 1
+    assert rejoined.device_fds == {}
+    await asyncio.to_thread(vmm.hwpt.set_tracking, True)
+    kernel.make_dirty(vmm.iommufd.fileno(), vmm.hwpt.id, APERTURE_START, [8])
+    (ref,) = await rejoined.find_hwpts()
+    peek = await rejoined.peek(ref, APERTURE_START, 4 * MIB, 4096)
+    assert peek is not None
+    assert peek.dirty_pages == 1
+    with pytest.raises(KernelBusy):
+        await after.open([device], 1)
+    await asyncio.to_thread(vmm.close)
+    await rejoined.close()
+    (listing / str(vmm_number(listing))).unlink()
+    with pytest.raises(KernelGone, match="no iommufd"):
+        await after.rejoin([device], os.getpid(), pidfd)
+    with pytest.raises(KernelGone):
+        await after.rejoin([device], 1 << 22, pidfd)
+    await (await after.open([device], 1)).close()
+    os.close(pidfd)
+    after.close()
+
+
+def vmm_number(listing: Path) -> int:
+    return next(int(entry.name) for entry in listing.iterdir() if entry.name != "0")
 
 
 # ---- letting go when the VMM has exited

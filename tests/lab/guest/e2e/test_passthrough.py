@@ -104,6 +104,37 @@ async def test_what_a_vmms_device_wrote_is_seen_beside_it_and_left_to_it() -> No
     passthrough.close()
 
 
+async def test_a_vmm_that_runs_already_is_peeked_at_through_copies() -> None:
+    """As after a restart of this daemon: nothing but the VMM has the descriptors."""
+    with raw.mtty() as made:
+        before = KernelPassthrough()
+        opened = await before.open([device_at(made)], 1)
+        fds = (opened.iommufds[0], opened.device_fds[made.sysfs.name])
+        child = await in_thread(_start_vmm, *fds)
+        assert child.stdout is not None
+        assert await in_thread(child.stdout.readline) == b"mapped\n"
+        await opened.close()
+        before.close()
+        after = KernelPassthrough()
+        pidfd = os.pidfd_open(child.pid)
+        rejoined = await after.rejoin([device_at(made)], child.pid, pidfd)
+        (ref,) = await rejoined.find_hwpts()
+        device = raw.Iommufd(rejoined.iommufds[0])
+        device.set_tracking(ref.hwpt_id, True)
+        device.make_dirty(ref.hwpt_id, 0, 7 * PAGE)
+        peek = await rejoined.peek(ref, 0, LENGTH, PAGE)
+        assert peek is not None
+        assert peek.dirty_pages == 7
+        watch = asyncio.create_task(rejoined.close_at_exit(pidfd))
+        child.kill()
+        async with asyncio.timeout(GENEROUS_S):
+            await watch
+        await in_thread(child.communicate)
+        os.close(pidfd)
+        assert (await after.probe(device_at(made))).migration.can.is_yes
+        after.close()
+
+
 async def test_a_dead_vmms_memory_is_unpinned_as_soon_as_it_is_seen_dead() -> None:
     """A child with the descriptors maps memory and is killed; only then may it go."""
     passthrough = KernelPassthrough()
