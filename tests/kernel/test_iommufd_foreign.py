@@ -51,9 +51,9 @@ class TestForeign(OnTheSimulator, WithBench):
                 case _ if number == READING:
                     assert argument.flags == abi.iommufd_hwpt_get_dirty_bitmap_flags.NO_CLEAR
 
-    def test_a_vmms_page_table_has_no_verb_but_peek(self) -> None:
+    def test_a_vmms_page_table_has_no_verb_that_changes_it(self) -> None:
         public = {name for name, _ in inspect.getmembers(ForeignHwpt) if not name.startswith("_")}
-        assert public == {"peek"}
+        assert public == {"peek", "is_wholly_mapped"}
 
     def test_a_vmm_that_unmaps_during_a_peek_does_not_seem_clean(
         self, bench: Bench, kernel: IommufdKernel

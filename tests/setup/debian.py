@@ -1,7 +1,8 @@
 """Programs from Debian packages, unpacked into the cache and never installed.
 
-The tests need a second QEMU and promtool. Installing them would replace the
-machine's own QEMU or leave entries in its package sources, so they are unpacked:
+The tests need a second QEMU, promtool, a newer Linux' headers and a compiler for arm64.
+Installing them would replace the machine's own QEMU or headers, or leave entries in its
+package sources, so they are unpacked:
 
     the machine's sources --(which mirror carries bookworm?)--> private apt root
     private apt root --(apt resolves what this machine lacks)--> *.deb
@@ -316,7 +317,8 @@ def _release_name() -> str:
     if release.get("ID") != "debian" or release.get("VERSION_CODENAME") != "bookworm":
         raise SetUpError(
             "packages are unpacked on Debian 12 (bookworm) only; here, name the programs: "
-            "MIGRD_TEST_QEMU_7, MIGRD_TEST_QEMU_10 and MIGRD_TEST_PROMTOOL"
+            "MIGRD_TEST_QEMU_7, MIGRD_TEST_QEMU_10, MIGRD_TEST_PROMTOOL, MIGRD_TEST_ARM64_CC1 "
+            "and, for Linux' headers of 6.12 or newer, the directory MIGRD_TEST_LINUX_HEADERS"
         )
     return release["VERSION_CODENAME"]
 

@@ -52,6 +52,12 @@ def test_what_is_unpacked_is_used_again_and_mended_when_broken(
     assert os.access(program, os.X_OK)
 
 
+def test_files_to_read_are_unpacked_and_given_as_they_are() -> None:
+    notice = "usr/share/doc/hello/copyright"
+    bundle = Bundle(name="notice", packages=("hello",), program=notice, is_program=False)
+    assert "GNU" in unpacked(bundle).read_text()
+
+
 def test_a_package_that_does_not_exist_is_named() -> None:
     bundle = Bundle(name="none", packages=("migrd-nonesuch",), program="usr/bin/none")
     with pytest.raises(SetUpError, match="migrd-nonesuch"):
