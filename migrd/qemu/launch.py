@@ -120,8 +120,8 @@ class QemuLauncher:
     async def vfio_features(self, spec: VmSpec) -> frozenset[QemuVfioFeature]:
         return (await self._probe(spec)).vfio_features
 
-    async def _probe(self, spec: VmSpec) -> Probed:
-        profile = (await in_thread(self._resolve, spec)).profile
+    async def _probe(self, spec: VmSpec, devices: VfioLaunch | None = None) -> Probed:
+        profile = (await in_thread(self._resolve, spec, devices=devices)).profile
         return await self._prober.ask(profile.binary, profile.accelerator, profile.environment)
 
     async def versions(self) -> Mapping[str, str | None]:
@@ -170,7 +170,8 @@ class QemuLauncher:
         try:
             with inheritable(devices) as inherited:
                 if inherited.launch.devices:
-                    refuse_lacking(inherited.launch, await self._probe(spec))
+                    probed_now = await self._probe(spec, inherited.launch)
+                    refuse_lacking(inherited.launch, probed_now)
                 start = Start(spec, at, incoming, inherited)
                 record, probed = await in_thread(self._spawn, start, started)
             known = self._hold(at, spec, started.pop(), record, probed)

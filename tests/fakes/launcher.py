@@ -8,9 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 
 from migrd.core.facts import Feature, SpecDevice, VmSpec
-from migrd.core.vfio_launch import QemuVfioFeature, VfioLaunch, VfioLaunchDevice
+from migrd.core.vfio_launch import GivenBy, QemuVfioFeature, VfioLaunch, VfioLaunchDevice
 from migrd.engine.ports import PassedDevices, Vmm
-from migrd.errors import Conflict, Invalid, NotFound, Violation, VmmDied
+from migrd.errors import Conflict, Invalid, NotFound, Violation, VmmDied, VmmRefused
 from tests.fakes.guest import Guest
 from tests.fakes.qemu_process import FakeQemu, Load, Make
 from tests.fakes.vmm import FakeVmm
@@ -144,6 +144,20 @@ class FakeLauncher:
         await asyncio.sleep(0.002)
         return self.host.make.version, self.host.make.features
 
+    def _refuse_unfit(self, devices: PassedDevices) -> None:
+        launch = devices.launch
+        by_fd = {d.address for d in launch.devices if d.given_by is GivenBy.FD}
+        objects = len(launch.iommufds) if launch.iommufds_by_fd else 0
+        if by_fd != set(devices.device_fds) or len(devices.iommufds) != objects:
+            text = "the descriptors do not fit the devices"
+            raise Invalid(text, [Violation("devices", "bad_descriptors", text)])
+        needed = {QemuVfioFeature.DEVICE_FD} if by_fd else set()
+        needed |= {QemuVfioFeature.IOMMUFD_FD} if objects else set()
+        lacking = sorted(needed - self.host.make.vfio_features)
+        if lacking:
+            text = f"QEMU does not offer what the devices need: {', '.join(lacking)}"
+            raise VmmRefused(text, code="passthrough_unsupported")
+
     async def vfio_features(self, spec: VmSpec) -> frozenset[QemuVfioFeature]:
         self.check(spec)
         await asyncio.sleep(0.002)
@@ -162,6 +176,8 @@ class FakeLauncher:
     ) -> Vmm:
         given = devices.launch if devices is not None else None
         self.check(spec, given)
+        if devices is not None:
+            self._refuse_unfit(devices)
         if any(q.instance == instance for q in self.host.qemus):
             raise Conflict(f"instance {instance} exists already", code="instance_exists")
         await asyncio.sleep(LAUNCH_S / 2)

@@ -131,6 +131,38 @@ async def test_a_dirty_sync_is_looked_at_right_away() -> None:
         assert time.monotonic() - started_s < 0.3
 
 
+def device_event(state: str, id_: str = "hostdev0") -> QmpEvent:
+    told = {"device-id": id_, "device-state": state, "qom-path": f"/machine/peripheral/{id_}"}
+    return QmpEvent("VFIO_MIGRATION", told, time.monotonic(), None)
+
+
+async def test_each_state_of_a_device_reaches_the_reader_and_asks_nothing() -> None:
+    asked = Asked()
+    async with running(asked) as feed:
+        await some(feed)
+        questions = asked.questions
+        words = ["pre-copy", "pre-copy-p2p", "stop-copy", "of-a-later-qemu"]
+        for word in words:
+            feed.take_event(device_event(word))
+        told = [(await some(feed)).device_states for _ in words]
+        assert told == [(("hostdev0", word),) for word in words]
+        assert asked.questions == questions
+
+
+async def test_devices_that_never_stop_telling_cost_a_bounded_queue() -> None:
+    asked = Asked()
+    asked.may_answer.clear()
+    async with running(asked, bound=16) as feed:
+        for number in range(1000):
+            feed.take_event(device_event(f"state-{number}"))
+        assert feed.latest is not None
+        assert feed.latest.device_states == (("hostdev0", "state-999"),)
+        kept = 0
+        while await feed.newer(within_s=0.05) is not None:
+            kept += 1
+        assert kept == 16
+
+
 async def test_an_event_without_meaning_for_a_migration_asks_nothing() -> None:
     asked = Asked()
     asked.answer = replace(RUNNING, qemu_status=QemuStatus.COMPLETED)

@@ -12,17 +12,19 @@ from migrd.engine.ports import PassedDevices, PluggedFds
 from tests.lab import vfio_shim
 from tests.qemu.hosts import Host
 
-ALLOWED = "[passthrough]\nallowed = true\n"
+ALLOWED = "[passthrough]\nallowed = true"
 EVENTS: Mapping[str, str] = {"migration-events": "on"}
 FIRST, SECOND = "0000:41:00.1", "0000:41:00.2"
 
 
-def add_vfio_profile(host: Host, name: str, shim: Path, **knobs: str | int) -> Path:
+def add_vfio_profile(
+    host: Host, name: str, shim: Path, *, allowed: str = ALLOWED, **knobs: str | int
+) -> Path:
     """A profile whose QEMUs have the stand-in, and the file that it keeps its log in."""
     log = host.root / f"{name}.log"
     variables = vfio_shim.environment(shim, log=str(log), **knobs)
     lines = [f'{key} = "{value}"' for key, value in variables.items()]
-    host.add_profile(name, more="\n".join([ALLOWED, "[environment]", *lines, ""]))
+    host.add_profile(name, more="\n".join([allowed, "[environment]", *lines, ""]))
     return log
 
 
