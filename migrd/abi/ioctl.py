@@ -10,6 +10,7 @@ in HEADERS, and the C compiler checks everything in it against them (tests/abi),
 Traps that the classes here close, both of ctypes:
 1. A misspelt field in Structure(**fields) becomes an attribute of the object and is lost.
 2. An int too large for its field is cut without a word: 2**32 as a length is 0.
+One that stays, of enum: `~flag` has only the bits that have names. To mask, take `~flag.value`.
 """
 
 import ctypes
