@@ -25,6 +25,26 @@ SECTIONS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
     }
 )
 
+_OURS: Final[Sequence[click.Command]] = (
+    move.plan,
+    move.migrate,
+    move.watch,
+    migrations.policy,
+    migrations.switchover,
+    migrations.cancel,
+    migrations.resolve,
+    host.host,
+    devices.devices,
+    vms.vms,
+    migrations.migrations,
+    migrations.rounds,
+    migrations.decisions,
+    events.events,
+    vms.start,
+    vms.stop,
+    config.config,
+)
+
 _EPILOG: Final = f"""\b
 Exit codes:
 {exits.as_table()}
@@ -97,25 +117,6 @@ def build(extra_commands: Iterable[click.Command] = ()) -> click.Group:
         """
         context.ensure_object(Options)
 
-    ours = (
-        move.plan,
-        move.migrate,
-        move.watch,
-        migrations.policy,
-        migrations.switchover,
-        migrations.cancel,
-        migrations.resolve,
-        host.host,
-        devices.devices,
-        vms.vms,
-        migrations.migrations,
-        migrations.rounds,
-        migrations.decisions,
-        events.events,
-        vms.start,
-        vms.stop,
-        config.config,
-    )
-    for command in (*ours, *extra_commands):
+    for command in (*_OURS, *extra_commands):
         program.add_command(command)
     return program

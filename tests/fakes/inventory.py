@@ -111,53 +111,54 @@ def inventory(
     return Inventory(kernel, by_name, by_address, generation=1, trouble=tuple(trouble))
 
 
+NIC = ("0000:41:00.0", "0000:41:00.1", "0000:41:00.2")
+"""A PF and its VFs."""
+_UNASKED = Capability.unknown(Unknown.DRIVER_NOT_BOUND)
+_UNBOUND: dict[str, Any] = {
+    "vfio_cdev": None,
+    "dma_logging": _UNASKED,
+    "migration": DeviceMigration(_UNASKED),
+}
+_VF: dict[str, Any] = {
+    "driver": "mlx5_vfio_pci",
+    "physical_function": NIC[0],
+    "iommu_dirty_tracking": Capability.probed(True, "capabilities 0x5"),
+    "dma_logging": Capability.probed(True),
+    "migration": LIVE,
+}
+_NVME: dict[str, Any] = {
+    "iommu_group": 21,
+    "vfio_cdev": "/dev/vfio/devices/vfio2",
+    "vendor_id": 0x144D,
+    "device_id": 0xA80A,
+    "class_code": 0x010802,
+    "dma_logging": Capability.probed(False, "ENOTTY"),
+    "migration": NEVER,
+    "numa_node": 1,
+}
+_GPU: dict[str, Any] = {
+    "driver": "nouveau",
+    "iommu_group": 33,
+    "group_devices": ("0000:c1:00.1",),
+    "vendor_id": 0x10DE,
+    "device_id": 0x2330,
+    "class_code": 0x030200,
+    "trouble": ("/sys/bus/pci/devices/0000:c1:00.0/numa_node: empty",),
+    **_UNBOUND,
+}
+
+
 def mixed_host() -> Inventory:
     """Two IOMMUs of different features, a NIC with two VFs, an NVMe drive, a GPU without a VFIO
     driver, and an mdev."""
-    nic = ("0000:41:00.0", "0000:41:00.1", "0000:41:00.2")
-    vf: dict[str, Any] = {
-        "driver": "mlx5_vfio_pci",
-        "physical_function": nic[0],
-        "iommu_dirty_tracking": Capability.probed(True, "capabilities 0x5"),
-        "dma_logging": Capability.probed(True),
-        "migration": LIVE,
-    }
-    unasked = Capability.unknown(Unknown.DRIVER_NOT_BOUND)
-    unbound: dict[str, Any] = {
-        "vfio_cdev": None,
-        "dma_logging": unasked,
-        "migration": DeviceMigration(unasked),
-    }
     return inventory(
         iommus=(CAN, CANNOT),
         devices=(
-            pci(nic[0], driver="mlx5_core", virtual_functions=nic[1:], **unbound),
-            pci(nic[1], iommu_group=8, vfio_cdev="/dev/vfio/devices/vfio0", **vf),
-            pci(nic[2], iommu_group=9, vfio_cdev="/dev/vfio/devices/vfio1", **vf),
-            pci(
-                "0000:81:00.0",
-                CANNOT,
-                iommu_group=21,
-                vfio_cdev="/dev/vfio/devices/vfio2",
-                vendor_id=0x144D,
-                device_id=0xA80A,
-                class_code=0x010802,
-                dma_logging=Capability.probed(False, "ENOTTY"),
-                migration=NEVER,
-                numa_node=1,
-            ),
-            pci(
-                "0000:c1:00.0",
-                CANNOT,
-                driver="nouveau",
-                iommu_group=33,
-                group_devices=("0000:c1:00.1",),
-                vendor_id=0x10DE,
-                device_id=0x2330,
-                class_code=0x030200,
-                trouble=("/sys/bus/pci/devices/0000:c1:00.0/numa_node: empty",),
-                **unbound,
-            ),
+            pci(NIC[0], driver="mlx5_core", virtual_functions=NIC[1:], **_UNBOUND),
+            pci(NIC[1], iommu_group=8, vfio_cdev="/dev/vfio/devices/vfio0", **_VF),
+            pci(NIC[2], iommu_group=9, vfio_cdev="/dev/vfio/devices/vfio1", **_VF),
+            pci("0000:81:00.0", CANNOT, **_NVME),
+            pci("0000:c1:00.0", CANNOT, **_GPU),
             mdev("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"),
         ),
     )
