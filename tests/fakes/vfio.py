@@ -27,6 +27,8 @@ from tests.fakes.iommufd import Context, Device, Hwpt, Ioas, IommufdKernel, _ide
 from tests.fakes.vfio_device import SimDevice, SimSession, oserror
 
 IOMMU_PATH: Final = "/dev/iommu"
+OPEN: Final = 0
+"""In place of a request."""
 Identity = tuple[int, int]
 
 
@@ -77,7 +79,7 @@ class VfioKernel(IommufdKernel):
         self.open_errnos: dict[str, int] = {}
         """Path -> errno that opening it fails with."""
         self.before_ioctl: Callable[[int], None] = lambda request: None
-        """Called in the caller's thread: to hold it up there."""
+        """Called in the caller's thread: to hold it up there. OPEN: before it opens something."""
         self._files: dict[Identity, Opened] = {}
         self._sessions: dict[Identity, SimSession] = {}
 
@@ -105,6 +107,7 @@ class VfioKernel(IommufdKernel):
 
     def open_path(self, path: str, flags: int) -> int:
         assert flags & os.O_CLOEXEC, "a child of the daemon would inherit it"
+        self.before_ioctl(OPEN)
         if number := self.open_errnos.get(path):
             raise oserror(number)
         if path == IOMMU_PATH:

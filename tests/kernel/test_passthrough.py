@@ -12,15 +12,13 @@ import pytest
 
 from migrd.abi import iommufd as iommufd_abi
 from migrd.abi import vfio as abi
-from migrd.core.devices import (
-    Unknown,
-)
+from migrd.core.devices import Unknown
 from migrd.engine.device_ports import HwptRef, OpenDevices, Passthrough
 from migrd.errors import KernelBusy, KernelDenied, KernelGone, KernelTooOld
 from migrd.kernel.iommufd import Iommufd
 from migrd.kernel.passthrough import KernelPassthrough
 from migrd.kernel.vfio import VfioDevice
-from tests.fakes.vfio import IOMMU_PATH, Iommu, VfioKernel
+from tests.fakes.vfio import IOMMU_PATH, OPEN, Iommu, VfioKernel
 from tests.fakes.vfio_device import SimDevice
 from tests.kernel.vfio_bench import (
     GENEROUS_S,
@@ -137,9 +135,11 @@ async def test_a_cancelled_opening_leaves_nothing_open(
     kernel: VfioKernel, passthrough: KernelPassthrough
 ) -> None:
     device = device_at(kernel.add(SimDevice()))
+    held_up = HeldUp(kernel, OPEN)
     opening = asyncio.create_task(passthrough.open([device], 3))
-    await asyncio.sleep(0)
+    await held_up.is_entered()
     opening.cancel()
+    held_up.go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await opening
     assert await left_open(kernel) == []
