@@ -14,6 +14,7 @@ from migrd.api.models_plan import (
     decision_or_none,
     spec_devices,
 )
+from migrd.api.models_rates import DmaRate
 from migrd.api.wire import At, Name, WireModel, at, at_or_none, ms
 from migrd.core import facts
 from migrd.core.tracking import TrackingPolicy
@@ -258,6 +259,8 @@ class Vm(WireModel):
     """As defined; null: this host's default."""
     decision: TrackingDecision | None
     """The one that stands; null: no passthrough devices are defined."""
+    dma_rates: tuple[DmaRate, ...]
+    """What its devices were last seen to write, one for each page table with dirty tracking."""
     iommufds_held: bool
     """migrd has a reference to its iommufds and can sample the dirty rates of its devices; not so
     after a restart of migrd, until the VM is started or moved anew."""
@@ -283,6 +286,7 @@ class Vm(WireModel):
             devices=tuple(VmDevice.of(device) for device in view.spec.devices),
             tracking_policy=view.spec.tracking_policy,
             decision=decision_or_none(view.decision),
+            dma_rates=tuple(DmaRate.of(sampled) for sampled in view.dma_rates),
             iommufds_held=view.iommufds_held,
             managed=view.managed,
             state=view.state,

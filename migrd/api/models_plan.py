@@ -142,7 +142,8 @@ class LadderRung(WireModel):
     own_domain: bool
     lost: tuple[DomainFlag, ...]
     """What was given up on the way here."""
-    then: int | None
+    next_rung: int | None
+    """When it works; null: the end."""
     on_errno: Mapping[str, int]
 
     @classmethod
@@ -152,7 +153,7 @@ class LadderRung(WireModel):
             flags=tuple(flag for flag in DomainFlag if flag in rung.flags),
             own_domain=rung.own_domain,
             lost=tuple(flag for flag in DomainFlag if flag in rung.lost),
-            then=rung.then,
+            next_rung=rung.then,
             on_errno={errorcode.get(n, str(n)): to for n, to in sorted(rung.on_errno.items())},
         )
 
@@ -161,7 +162,7 @@ class DeviceLadder(WireModel):
     """What is done for each errno while one device gets its page table."""
 
     device: str
-    begins_at: int
+    first_rung: int
     rungs: tuple[LadderRung, ...]
 
 
@@ -340,7 +341,7 @@ def _plan(plan: tracking.Plan) -> dict[str, object]:
         "ladders": tuple(
             DeviceLadder(
                 device=device,
-                begins_at=ladder.at,
+                first_rung=ladder.at,
                 rungs=tuple(LadderRung.of(rung) for rung in ladder.rungs),
             )
             for device, ladder in plan.ladders.items()

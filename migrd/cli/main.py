@@ -13,7 +13,7 @@ import click
 
 import migrd
 from migrd.cli import exits
-from migrd.cli.commands import config, devices, events, host, migrations, move, vms
+from migrd.cli.commands import config, devices, events, host, migrations, move, plan, vms
 from migrd.cli.running import Guarded, Options, common_options
 
 SECTIONS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
@@ -26,7 +26,7 @@ SECTIONS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
 )
 
 _OURS: Final[Sequence[click.Command]] = (
-    move.plan,
+    plan.plan,
     move.migrate,
     move.watch,
     migrations.policy,

@@ -118,6 +118,13 @@ vm_argument = click.argument("vm", type=_name, shell_complete=_completes("vms", 
 host_argument = click.argument(
     "destination", type=_name, shell_complete=_completes("host", _peers_in)
 )
+maybe_host_argument = click.argument(
+    "destination",
+    metavar="[DESTINATION]",
+    type=_name,
+    required=False,
+    shell_complete=_completes("host", _peers_in),
+)
 migration_argument = click.argument(
     "migration_id", metavar="ID", type=_name, shell_complete=_completes("migrations", _ids_in)
 )

@@ -59,6 +59,8 @@ def test_the_routes_are_those_of_the_design(document: dict[str, Any]) -> None:
         "/v1/migrations/{migration_id}:switchover",
         "/v1/vms",
         "/v1/vms/{vm}",
+        "/v1/vms/{vm}/devices",
+        "/v1/vms/{vm}/devices/{device}",
         "/v1/vms/{vm}:plan",
         "/v1/vms/{vm}:start",
         "/v1/vms/{vm}:stop",
@@ -89,13 +91,13 @@ def test_every_operation_tells_its_problems_and_who_may_call_it(document: dict[s
 def test_only_reads_are_open_to_readers() -> None:
     for route in ROUTES:
         if route.scope is not Scope.WRITE:
-            assert route.method == "GET" or route.name == "plan_migration", route.name
+            assert route.method == "GET" or route.name == "plan_vm", route.name
 
 
 def test_every_quantity_carries_its_unit(document: dict[str, Any]) -> None:
     """A number is a count, an id, a version, a percentage, or it says its unit."""
     unitless = {"generation", "resource_version", "epoch", "id", "pid", "status", "number"}
-    unitless |= {"hardware_type", "iommu_group", "numa_node"}
+    unitless |= {"hardware_type", "iommu_group", "numa_node", "first_rung", "next_rung"}
     counted = {"rounds", "vms", "queue_position", "round_number", "postcopy_requests", "devices"}
     slots = {f"{way}_{what}" for way in ("outgoing", "incoming") for what in ("slots", "active")}
     unit = re.compile(r"(_ms|_s|_bytes|_bytes_per_s|_pages_per_s|_percent|_channels)$")

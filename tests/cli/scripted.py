@@ -44,9 +44,11 @@ from migrd.engine.service import (
     HostView,
     MigrationView,
     PlanView,
+    PlugRequest,
     Published,
     Resolution,
     VmView,
+    WhatIf,
 )
 from migrd.errors import Conflict, Invalid, NotFound
 from tests.cli.scripted_devices import ScriptedDevices
@@ -59,6 +61,7 @@ from tests.cli.scripted_view import (
     view_of,
     vm_of,
 )
+from tests.fakes.deciding import Deciding
 
 DESTINATIONS: Final = (
     "host-b",
@@ -117,7 +120,8 @@ class Scripted(ScriptedDevices):
         if spec.profile not in ("standard", "small"):
             raise NotFound(f"there is no launch profile {spec.profile}", code="unknown_profile")
         created = spec.name not in self.vms_by_name
-        view = self._vm(spec, "stopped")
+        decision = await self._deciding.defined(spec)
+        view = replace(self._vm(spec, "stopped"), decision=decision)
         if not dry_run:
             self.vms_by_name[spec.name] = view
             await self._publish("vm.changed", spec.name, None, state=view.state)
@@ -129,12 +133,45 @@ class Scripted(ScriptedDevices):
         del self.vms_by_name[name]
 
     async def start_vm(self, name: str) -> VmView:
-        self.vms_by_name[name] = self._vm(self.vm(name).spec)
+        before = self.vm(name)
+        self.vms_by_name[name] = replace(self._vm(before.spec), decision=before.decision)
         return self.vms_by_name[name]
 
     async def stop_vm(self, name: str) -> VmView:
         self.vms_by_name[name] = self._vm(self.vm(name).spec, "stopped")
         return self.vms_by_name[name]
+
+    @property
+    def _deciding(self) -> Deciding:
+        return Deciding(self.inventory, self.devices_in_use)
+
+    async def plug_device(self, vm: str, request: PlugRequest, *, by: str) -> VmView:
+        del by
+        before = self.vm(vm)
+        spec, decision = await self._deciding.plugged(before.spec, before.decision, request)
+        self.vms_by_name[vm] = replace(before, spec=spec, decision=decision)
+        return self.vms_by_name[vm]
+
+    async def unplug_device(self, vm: str, id_: str, *, by: str) -> VmView:
+        del by
+        before = self.vm(vm)
+        spec, decision = await self._deciding.unplugged(before.spec, id_)
+        self.vms_by_name[vm] = replace(before, spec=spec, decision=decision)
+        return self.vms_by_name[vm]
+
+    async def what_if(self, question: WhatIf) -> PlanView:
+        vm = self.vm(question.vm)
+        here = await self._deciding.what_if(question, vm.spec, vm.decision)
+        if question.move is None:
+            return here
+        view = await self.plan(question.move)
+        return replace(
+            view,
+            possible=view.possible and here.possible,
+            refusals=(*here.refusals, *view.refusals),
+            decision=here.decision,
+            plan_there=None if here.decision is None else here.decision.plan,
+        )
 
     async def plan(self, request: Request) -> PlanView:
         self.vm(request.vm)

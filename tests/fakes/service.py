@@ -32,6 +32,8 @@ from migrd.core.migration import (
     begin,
 )
 from migrd.core.phases import Phase, Trigger
+from migrd.core.standing import StandingDecision
+from migrd.core.tracking import TrackingPolicy
 from migrd.engine.device_changes import compare
 from migrd.engine.device_verdict import why_all_track
 from migrd.engine.service import (
@@ -44,16 +46,19 @@ from migrd.engine.service import (
     MigrationView,
     PeerView,
     PlanView,
+    PlugRequest,
     Progress,
     Published,
     Resolution,
     Role,
     TimelineEntry,
     VmView,
+    WhatIf,
     Whereabouts,
 )
 from migrd.engine.stream import Stream
 from migrd.errors import Conflict, Invalid, NotFound, Violation
+from tests.fakes.deciding import Deciding
 from tests.fakes.inventory import mixed_host
 
 WALL_S = 1_795_000_000.0
@@ -84,6 +89,7 @@ class FakeVm:
     managed: bool = True
     epoch: int = 0
     resource_version: int = 0
+    decision: StandingDecision | None = None
 
 
 @dataclass
@@ -116,6 +122,7 @@ class FakeService:
         self.device_versions: dict[str, int] = {}
         self.devices_in_use: dict[str, str] = {}
         """Address -> VM."""
+        self.forbidden_policies: frozenset[TrackingPolicy] = frozenset()
         self.set_inventory(self.inventory)
         self.said: list[tuple[str, str]] = []
         """(wish, by whom): what the engine would journal."""
@@ -266,7 +273,13 @@ class FakeService:
             epoch=vm.epoch,
             migration_id=None if active is None else active.state.id,
             pid=4711 if vm.running else None,
+            decision=vm.decision,
+            iommufds_held=vm.running and vm.decision is not None,
         )
+
+    @property
+    def _deciding(self) -> Deciding:
+        return Deciding(self.inventory, self.devices_in_use, self.forbidden_policies)
 
     def _require_vm(self, name: str) -> FakeVm:
         if name not in self.known_vms:
@@ -284,10 +297,12 @@ class FakeService:
         if known is not None and known.spec != spec and known.managed and known.running:
             raise Conflict(f"{spec.name} runs with other parameters", code="vm_running")
         vm = known or FakeVm(spec)
+        decision = await self._deciding.defined(spec)
         if dry_run:
             shown = VmView(spec.name, 0, spec, True, "stopped", None, None, vm.epoch)
-            return (shown if known is None else self.vm(spec.name)), known is None
-        vm.spec = spec
+            shown = shown if known is None else replace(self.vm(spec.name), spec=spec)
+            return replace(shown, decision=decision), known is None
+        vm.spec, vm.decision = spec, decision
         self.known_vms[spec.name] = vm
         self._vm_changed(vm)
         return self.vm(spec.name), known is None
@@ -331,11 +346,37 @@ class FakeService:
         self._vm_changed(vm)
         return self.vm(name)
 
+    async def plug_device(self, vm: str, request: PlugRequest, *, by: str) -> VmView:
+        await self._reached("plug_device")
+        known = self._require_vm(vm)
+        self._refuse_while_migrating(vm)
+        changed = await self._deciding.plugged(known.spec, known.decision, request)
+        known.spec, known.decision = changed
+        self.said.append(("plug", by))
+        self._vm_changed(known)
+        return self.vm(vm)
+
+    async def unplug_device(self, vm: str, id_: str, *, by: str) -> VmView:
+        await self._reached("unplug_device")
+        known = self._require_vm(vm)
+        self._refuse_while_migrating(vm)
+        known.spec, known.decision = await self._deciding.unplugged(known.spec, id_)
+        self.said.append(("unplug", by))
+        self._vm_changed(known)
+        return self.vm(vm)
+
     def _refuse_while_migrating(self, name: str) -> None:
         if self._active_of(name) is not None:
             raise Conflict(f"{name} is being migrated", code="already_migrating")
 
     # Migrations ---------------------------------------------------------------------------------
+
+    async def what_if(self, question: WhatIf) -> PlanView:
+        if question.move is not None:
+            return await self.plan(question.move)
+        await self._reached("plan")
+        vm = self._require_vm(question.vm)
+        return await self._deciding.what_if(question, vm.spec, vm.decision)
 
     async def plan(self, request: Request) -> PlanView:
         await self._reached("plan")
@@ -353,6 +394,7 @@ class FakeService:
             mode_choices=(Mode.PRECOPY, Mode.POSTCOPY),
             features_missing={"source": (), "destination": ("switchover_ack",)},
             predicted_total_s=2.5,
+            decision=self._require_vm(request.vm).decision,
         )
 
     def _parties(self, request: Request) -> None:

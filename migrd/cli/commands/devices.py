@@ -1,6 +1,5 @@
 """`migrd devices`: what this host can pass through to VMs, and what could be promised of it."""
 
-import re
 from collections.abc import Mapping
 from typing import Final
 
@@ -8,6 +7,7 @@ import click
 from rich.text import Text
 
 from migrd.cli.client import path
+from migrd.cli.devices import whole_address
 from migrd.cli.naming import device_argument
 from migrd.cli.pages import every_item
 from migrd.cli.printing import Cell, Column
@@ -15,7 +15,6 @@ from migrd.cli.running import Session, remote
 from migrd.cli.seen import Seen
 from migrd.cli.text import UNKNOWN, size, word, yes_no
 
-_WITHOUT_DOMAIN: Final = re.compile(r"[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _STYLE: Final[Mapping[str, str]] = {
     "live": "green",
     "stop_and_copy": "yellow",
@@ -81,12 +80,6 @@ async def devices(
         return
     session.printer.facts(_facts(reply.seen))
     _print_reasons(session, reply.seen.part("verdict"))
-
-
-def whole_address(given: str) -> str:
-    """What `lspci` prints lacks the PCI domain; there is mostly one, 0000."""
-    lower = given.lower()
-    return f"0000:{lower}" if _WITHOUT_DOMAIN.fullmatch(lower) else lower
 
 
 async def _list(session: Session, driver: str | None, iommu: str | None, passthrough: bool) -> None:

@@ -1,22 +1,24 @@
-"""`migrd plan`, `migrd migrate`, `migrd watch`: the main job."""
+"""`migrd migrate`, `migrd watch`: the main job."""
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import click
 
 from migrd.cli import story
-from migrd.cli.client import Reply, path
+from migrd.cli.client import Reply
+from migrd.cli.devices import move_body, move_options
 from migrd.cli.exits import CommandError, Exit
 from migrd.cli.naming import host_argument, migration_argument, vm_argument, whole_id
-from migrd.cli.policy import Wishes, policy_options
-from migrd.cli.printing import Cell, Format
+from migrd.cli.policy import policy_options
+from migrd.cli.printing import Format
+from migrd.cli.request import how_options, move_request
 from migrd.cli.running import Session, remote
 from migrd.cli.screens import LiveScreen, screen_for
-from migrd.cli.seen import Json, Seen
-from migrd.cli.text import size, span, word
+from migrd.cli.seen import Json
 from migrd.cli.units import whole_s
 from migrd.cli.watching import Watch
 
@@ -32,84 +34,6 @@ _through = click.option(
     is_flag=True,
     help="Watch on while the migration needs an operator, instead of ending with code 7.",
 )
-_multifd = click.option(
-    "--multifd",
-    type=int,
-    metavar="N",
-    help="Parallel connections for memory; 0 means one plain stream.",
-)
-_postcopy = click.option(
-    "--allow-postcopy",
-    is_flag=True,
-    help="Prepare both sides so that postcopy can be chosen while the migration runs.",
-)
-
-
-def _request(destination: str, multifd: int | None, postcopy: bool, wishes: Any) -> dict[str, Json]:
-    """What was said, in the API's words; what was not said is left to the daemon."""
-    body: dict[str, Json] = {"destination": destination}
-    policy = Wishes(**wishes).policy()
-    if policy:
-        body["policy"] = policy
-    if multifd is not None:
-        body["multifd_channels"] = multifd
-    if postcopy:
-        body["allow_postcopy"] = True
-    return body
-
-
-@click.command("plan", short_help="Say what a migration would meet; nothing is changed")
-@vm_argument
-@host_argument
-@policy_options
-@_multifd
-@_postcopy
-@remote
-async def plan(
-    session: Session,
-    /,
-    vm: str,
-    destination: str,
-    multifd: int | None,
-    allow_postcopy: bool,
-    **wishes: Any,
-) -> int:
-    """Say what a migration of VM to DESTINATION would meet. Nothing is changed.
-
-    Exit code 4 when it would be refused; every reason is listed, each with its cure.
-
-    \b
-    Examples:
-      migrd plan web1 host-b
-      migrd plan web1 host-b --when-not-converging postcopy && migrd migrate web1 host-b --watch
-    """
-    body = _request(destination, multifd, allow_postcopy, wishes)
-    reply = await session.client.call("POST", path("vms", vm, verb="plan"), body=body)
-    seen = reply.seen
-    possible = seen.flag("possible") is True
-    if session.printer.is_for_scripts:
-        session.printer.json(reply.body)
-    else:
-        _print_plan(session, seen, possible)
-    return Exit.OK if possible else Exit.REFUSED
-
-
-def _print_plan(session: Session, seen: Seen, possible: bool) -> None:
-    printer = session.printer
-    verdict = "can be migrated" if possible else "cannot be migrated"
-    style = "bold green" if possible else "bold yellow"
-    printer.line(f"{seen.text('vm')} {verdict} to {seen.text('destination')}", style)
-    missing = seen.part("features_missing")
-    facts: list[tuple[str, Cell]] = [
-        ("  memory", size(seen.number("memory_bytes"))),
-        ("  takes about", span(seen.seconds("predicted_total"))),
-        ("  can move by", ", ".join(word(mode) for mode in seen.words("mode_choices"))),
-        ("  source's QEMU lacks", ", ".join(missing.words("source"))),
-        ("  destination's QEMU lacks", ", ".join(missing.words("destination"))),
-    ]
-    printer.facts(facts)
-    story.refusals(printer, seen.parts("refusals"), "would be refused because")
-    story.refusals(printer, seen.parts("warnings"), "warnings")
 
 
 @click.command("migrate", short_help="Migrate a running VM to another host")
@@ -117,8 +41,8 @@ def _print_plan(session: Session, seen: Seen, possible: bool) -> None:
 @host_argument
 @click.option("-w", "--watch", is_flag=True, help="Follow it to its end; the exit code tells how.")
 @policy_options
-@_multifd
-@_postcopy
+@move_options
+@how_options
 @_timeout
 @_through
 @click.option(
@@ -133,6 +57,8 @@ async def migrate(
     vm: str,
     destination: str,
     watch: bool,
+    devices_there: Sequence[tuple[str, str]],
+    accept_less_migratable: bool,
     multifd: int | None,
     allow_postcopy: bool,
     timeout_s: int | None,
@@ -153,9 +79,14 @@ async def migrate(
       migrd migrate web1 host-b --watch --downtime-limit-ms 100 \\
           --when-not-converging throttle --max-throttle-percent 50
       migrd migrate web1 host-b --max-bandwidth 1Gbit/s --deadline-s 10min
+      migrd migrate web1 host-b --device-there hostdev0=0000:81:00.2
       migrd migrate web1 host-b -o json | jq -r .id
     """
-    request: dict[str, Json] = {"vm": vm, **_request(destination, multifd, allow_postcopy, wishes)}
+    request: dict[str, Json] = {
+        "vm": vm,
+        **move_request(destination, multifd, allow_postcopy, wishes),
+        **move_body(devices_there, accept_less_migratable),
+    }
     key = idempotency_key or str(uuid.uuid4())
     reply = await session.client.migrate(request, idempotency_key=key)
     id_ = reply.seen.raw("id")

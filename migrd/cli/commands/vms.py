@@ -1,10 +1,13 @@
 """`migrd vms …`, `migrd start`, `migrd stop`: the VMs of this host."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
 from migrd.cli.client import path
+from migrd.cli.commands import plugging
+from migrd.cli.decision import headline
+from migrd.cli.devices import Given, asked_for, device_options
 from migrd.cli.naming import vm_argument
 from migrd.cli.printing import Cell, Column
 from migrd.cli.running import Session, common_options, remote
@@ -112,6 +115,9 @@ def _facts(vm: Seen) -> list[tuple[str, Cell]]:
             "passthrough devices",
             ", ".join(devices) if devices else "none" if facts else "not known",
         ),
+        ("defined devices", ", ".join(_device(one) for one in vm.parts("devices"))),
+        ("tracking policy", word(vm.text("tracking_policy", ""))),
+        ("decision", _decision(vm)),
         ("migration blocked by", "; ".join(facts.words("blocked_reasons"))),
         ("migration going on", vm.text("migration_id", "")),
         ("epoch", vm.text("epoch")),
@@ -120,14 +126,30 @@ def _facts(vm: Seen) -> list[tuple[str, Cell]]:
     ]
 
 
+def _device(device: Seen) -> str:
+    return f"{device.text('id')} = {device.text('address')}"
+
+
+def _decision(vm: Seen) -> Cell:
+    decision = vm.part("decision")
+    return headline(vm.text("name"), decision) if decision else ""
+
+
 @vms.command("define")
 @vm_argument
 @_profile
 @_set
+@device_options
 @click.option("--dry-run", is_flag=True, help="Only say whether it would be accepted.")
 @remote
 async def define_vm(
-    session: Session, vm: str, profile: str | None, settings: Settings, dry_run: bool
+    session: Session,
+    vm: str,
+    profile: str | None,
+    settings: Settings,
+    devices: Sequence[Given],
+    tracking: str | None,
+    dry_run: bool,
 ) -> None:
     """Define VM from a launch profile, or name the profile of an adopted one.
 
@@ -136,25 +158,42 @@ async def define_vm(
     \b
     Examples:
       migrd vms define web1 --profile standard --set memory_mib=2048
-      migrd vms define web1 --profile standard --dry-run
+      migrd vms define web1 --profile standard --device 41:00.2 --dry-run
     """
     if profile is None:
         raise click.UsageError("say which launch profile: --profile P (`migrd host` lists them)")
-    seen = await _define(session, vm, profile, settings, dry_run=dry_run)
+    body = _body(profile, settings, devices, tracking)
+    seen = await _define(session, vm, body, dry_run=dry_run)
     if session.printer.is_for_scripts:
         session.printer.json(seen.body)
     else:
         verb = "would be defined" if dry_run else "is defined"
         session.printer.line(f"{seen.text('name')} {verb}, profile {_profile_of(seen)}")
+        _print_verdict(session, seen)
+
+
+def _body(
+    profile: str, settings: Settings, devices: Sequence[Given], tracking: str | None
+) -> dict[str, Json]:
+    return {"profile": profile, "parameters": dict(settings), **asked_for(devices, tracking)}
 
 
 async def _define(
-    session: Session, vm: str, profile: str, settings: Settings, *, dry_run: bool = False
+    session: Session, vm: str, body: Mapping[str, Json], *, dry_run: bool = False
 ) -> Seen:
-    body: dict[str, Json] = {"profile": profile, "parameters": dict(settings)}
     query = {"dry_run": "true"} if dry_run else None
     reply = await session.client.call("PUT", path("vms", vm), body=body, query=query)
     return reply.seen
+
+
+def _print_verdict(session: Session, vm: Seen) -> None:
+    """In a line; `migrd plan` has the rest."""
+    decision = vm.part("decision")
+    if not decision:
+        return
+    session.printer.line(headline(vm.text("name"), decision))
+    if decision.raw("migratability") != "live":
+        session.printer.note(f"why, and what would change it: migrd plan {vm.text('name')}")
 
 
 @vms.command("forget")
@@ -170,21 +209,31 @@ async def forget_vm(session: Session, vm: str) -> None:
 @vm_argument
 @_profile
 @_set
+@device_options
 @remote
-async def start(session: Session, vm: str, profile: str | None, settings: Settings) -> None:
+async def start(
+    session: Session,
+    vm: str,
+    profile: str | None,
+    settings: Settings,
+    devices: Sequence[Given],
+    tracking: str | None,
+) -> None:
     """Start VM from its launch profile.
 
-    With --profile (and --set) the VM is defined first; without, it must be defined already.
+    With --profile (and --set, --device, --tracking) the VM is defined first; without, it must be
+    defined already.
 
     \b
     Examples:
       migrd start web1
       migrd start web1 --profile standard --set memory_mib=2048
+      migrd start web1 --profile standard --device 41:00.2 --tracking require
     """
-    if settings and profile is None:
-        raise click.UsageError("--set fills in a launch profile: say --profile as well")
+    if (settings or devices or tracking) and profile is None:
+        raise click.UsageError("--set, --device and --tracking define a VM: say --profile as well")
     if profile is not None:
-        await _define(session, vm, profile, settings)
+        await _define(session, vm, _body(profile, settings, devices, tracking))
     await _act(session, vm, "start")
 
 
@@ -202,7 +251,11 @@ async def _act(session: Session, vm: str, verb: str) -> None:
         session.printer.json(reply.body)
         return
     session.printer.line(f"{reply.seen.text('name', vm)} is {word(reply.seen.text('state'))}")
+    if verb == "start":
+        _print_verdict(session, reply.seen)
 
 
 vms.add_command(start, "start")
 vms.add_command(stop, "stop")
+vms.add_command(plugging.plug, "plug")
+vms.add_command(plugging.unplug, "unplug")

@@ -1,0 +1,116 @@
+"""`migrd plan`: what a start or a migration would meet. Nothing is changed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from migrd.cli import story
+from migrd.cli.client import path
+from migrd.cli.decision import headline, print_decision, print_launch
+from migrd.cli.devices import Given, asked_for, device_options, move_body, move_options
+from migrd.cli.exits import Exit
+from migrd.cli.naming import maybe_host_argument, vm_argument
+from migrd.cli.policy import policy_options
+from migrd.cli.printing import Cell
+from migrd.cli.request import how_options, move_request
+from migrd.cli.running import Session, remote
+from migrd.cli.seen import Json, Seen
+from migrd.cli.text import size, span, word
+
+
+@click.command("plan", short_help="Say what a start or a migration would meet; changes nothing")
+@vm_argument
+@maybe_host_argument
+@click.option("--to", metavar="HOST", help="The same as DESTINATION.")
+@device_options
+@policy_options
+@move_options
+@how_options
+@click.option("--arguments", is_flag=True, help="Also print what QEMU would be told.")
+@remote
+async def plan(
+    session: Session,
+    /,
+    vm: str,
+    destination: str | None,
+    to: str | None,
+    devices: Sequence[Given],
+    tracking: str | None,
+    devices_there: Sequence[tuple[str, str]],
+    accept_less_migratable: bool,
+    multifd: int | None,
+    allow_postcopy: bool,
+    arguments: bool,
+    **wishes: Any,
+) -> int:
+    """Say what can be promised of VM; with DESTINATION, what a migration there would meet.
+
+    The verdict comes first. Then each passthrough device: who would watch its DMA, and what stands
+    in the way, with a cure. With --device or --tracking: what if it were started like that. With a
+    destination, that host's own decision besides: could it come back?
+
+    Exit code 4 when the migration (or, without a destination, the start) would be refused.
+
+    \b
+    Examples:
+      migrd plan web1
+      migrd plan web1 --device 41:00.2 --device 41:00.3 --tracking require
+      migrd plan web1 --to host-b --downtime-limit-ms 100
+      migrd plan web1 host-b --when-not-converging postcopy && migrd migrate web1 host-b --watch
+    """
+    if to is not None and destination not in (None, to):
+        raise click.UsageError(f"DESTINATION is {destination} and --to is {to}: name one")
+    body: dict[str, Json] = {
+        **move_request(destination or to, multifd, allow_postcopy, wishes),
+        **asked_for(devices, tracking),
+        **move_body(devices_there, accept_less_migratable),
+    }
+    reply = await session.client.call("POST", path("vms", vm, verb="plan"), body=body)
+    seen = reply.seen
+    possible = seen.flag("possible") is True
+    if session.printer.is_for_scripts:
+        session.printer.json(reply.body)
+    else:
+        _print_plan(session, seen, possible)
+        if arguments:
+            print_launch(session.printer, seen.part("decision"))
+    return Exit.OK if possible else Exit.REFUSED
+
+
+def _print_plan(session: Session, seen: Seen, possible: bool) -> None:
+    printer, vm = session.printer, seen.text("vm")
+    decision, is_move = seen.part("decision"), seen.raw("destination") is not None
+    if is_move:
+        verdict = "can be migrated" if possible else "cannot be migrated"
+        style = "bold green" if possible else "bold yellow"
+        printer.line(f"{vm} {verdict} to {seen.text('destination')}", style)
+        _print_move(session, seen)
+    if decision:
+        if is_move:
+            printer.heading("Its passthrough devices, on this host")
+        printer.line(headline(vm, decision))
+        print_decision(printer, decision)
+    elif not is_move:
+        printer.line(f"{vm} has no passthrough devices: no dirty tracking is needed for it")
+    if not is_move and not decision.parts("refused"):
+        story.refusals(printer, seen.parts("refusals"), "it could not be started, because")
+    there = seen.part("decision_there")
+    if there:
+        printer.heading(f"Its passthrough devices, on {seen.text('destination')}")
+        printer.line(headline(vm, there))
+        print_decision(printer, there)
+
+
+def _print_move(session: Session, seen: Seen) -> None:
+    printer, missing = session.printer, seen.part("features_missing")
+    facts: list[tuple[str, Cell]] = [
+        ("  memory", size(seen.number("memory_bytes"))),
+        ("  takes about", span(seen.seconds("predicted_total"))),
+        ("  can move by", ", ".join(word(mode) for mode in seen.words("mode_choices"))),
+        ("  source's QEMU lacks", ", ".join(missing.words("source"))),
+        ("  destination's QEMU lacks", ", ".join(missing.words("destination"))),
+    ]
+    printer.facts(facts)
+    story.refusals(printer, seen.parts("refusals"), "would be refused because")
+    story.refusals(printer, seen.parts("warnings"), "warnings")
