@@ -111,8 +111,10 @@ class PassthroughFacts:
     remembers of what."""
     iommufd: str | None = None
     """Id of its iommufd object; None: the legacy VFIO group interface, or not known."""
+    guest_bus: str | None = None
+    """QEMU's id of the bus that it is on in the guest."""
     guest_address: str | None = None
-    """Where the guest sees it: domain, bus, slot and function, as QEMU numbers them."""
+    """Its slot and function there (`05.0`)."""
     migrates: bool | None = None
     """False: a reason of QEMU's names it. None: a reason names no device and may mean it."""
     blocked_reasons: tuple[str, ...] = ()

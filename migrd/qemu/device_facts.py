@@ -5,7 +5,7 @@ Some questions per device, so they are asked only where there is one. What a QEM
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from migrd.core.facts import PassthroughFacts
@@ -27,17 +27,22 @@ async def ask_devices(
     """Each of the devices that QEMU has. Raises as `ask`."""
     if not ids:
         return ()
-    places = passthrough.read_places(await _ask_or_none(ask, "query-pci"))
     states = dict(seen.device_states)
     devices = []
     for id_ in ids[:DEVICES_BOUND]:
-        address, iommufd = await asyncio.gather(_address(ask, id_, known), iommufd_of(ask, id_))
+        address, iommufd, bus, slot = await asyncio.gather(
+            _address(ask, id_, known),
+            iommufd_of(ask, id_),
+            _property(ask, id_, "parent_bus"),
+            _property(ask, id_, "addr"),
+        )
         devices.append(
             PassthroughFacts(
                 id=id_,
                 address=address,
                 iommufd=iommufd,
-                guest_address=places.get(id_),
+                guest_bus=bus.rpartition("/")[2] if isinstance(bus, str) else None,
+                guest_address=passthrough.read_slot(slot),
                 device_state=states.get(id_),
                 was_reset=id_ in seen.reset_devices,
             )
@@ -51,17 +56,16 @@ async def _address(ask: Ask, id_: str, known: KnownDevices) -> str | None:
     if noted is not None:
         return noted
     for name in ("host", "sysfsdev"):
-        arguments = {"path": f"{passthrough.PERIPHERAL}/{id_}", "property": name}
-        answer = await _ask_or_none(ask, "qom-get", arguments)
+        answer = await _property(ask, id_, name)
         if isinstance(answer, str) and answer.rpartition("/")[2]:
             return answer.rpartition("/")[2]
     return None
 
 
-async def _ask_or_none(
-    ask: Ask, command: str, arguments: Mapping[str, object] | None = None
-) -> Any:
+async def _property(ask: Ask, id_: str, name: str) -> Any:
+    """None where this QEMU has no such property."""
+    arguments = {"path": f"{passthrough.PERIPHERAL}/{id_}", "property": name}
     try:
-        return await ask(command, arguments)
+        return await ask("qom-get", arguments)
     except CommandRefused:
         return None

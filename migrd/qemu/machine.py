@@ -165,6 +165,7 @@ class Machine:
         memory_bytes = samples.read_memory_bytes(memory)
         is_sound = Feature.TCG_KEEPS_DIRTY_PAGES in schema.features
         ids, reasons = samples.read_passthrough(*peripherals), samples.read_blocked_reasons(migrate)
+        self._seen.note_reset(samples.read_reset(migrate, self.devices.names))
         devices = await ask_devices(self._ask, ids, self.devices, self._seen, reasons)
         return VmFacts(
             vm=self._vm,
@@ -375,6 +376,7 @@ class Machine:
 
     def _take_event(self, event: QmpEvent) -> None:
         self._seen.take(event)
+        self._plugging.take(event)
         for feed in self._feeds:
             feed.take_event(event)
 

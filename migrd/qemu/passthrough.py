@@ -137,6 +137,9 @@ class KnownDevices:
     def address(self, id_: str) -> str | None:
         return next((d.address for d in self.launch.devices if d.id == id_), None)
 
+    def iommufd(self, id_: str) -> str | None:
+        return next((d.iommufd for d in self.launch.devices if d.id == id_), None)
+
     def add(self, device: VfioLaunchDevice, own_name: str | None) -> None:
         """It was plugged."""
         self.remove(device.id)
@@ -218,22 +221,8 @@ def with_device_state(states: States, told: Mapping[str, object]) -> States:
     return tuple(sorted(known.items()))
 
 
-def read_places(answer: object) -> dict[str, str]:
-    """id -> `domain:bus:slot.function` as the guest sees it, from query-pci."""
-    places: dict[str, str] = {}
-    buses = [json_object(bus) for bus in answer] if isinstance(answer, list) else []
-    for bus in buses[:DEVICES_BOUND]:
-        _add_places(bus.get("devices"), places, depth=0)
-    return places
-
-
-def _add_places(devices: object, places: dict[str, str], depth: int) -> None:
-    for row in devices if isinstance(devices, list) else []:
-        device = json_object(row)
-        bus, slot, function = (device.get(key) for key in ("bus", "slot", "function"))
-        is_placed = isinstance(bus, int) and isinstance(slot, int) and isinstance(function, int)
-        if device.get("qdev_id") and is_placed:
-            places[str(device["qdev_id"])] = f"0000:{bus:02x}:{slot:02x}.{function:x}"
-        bridge = json_object(device.get("pci_bridge"))
-        if depth < 16:
-            _add_places(bridge.get("devices"), places, depth + 1)
+def read_slot(devfn: object) -> str | None:
+    """`slot.function` as VfioLaunchDevice has it, from the property `addr`."""
+    if not isinstance(devfn, int) or isinstance(devfn, bool) or not 0 <= devfn < 256:
+        return None
+    return f"{devfn >> 3:02x}.{devfn & 7:x}"

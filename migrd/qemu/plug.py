@@ -141,20 +141,20 @@ async def _undo(lane: Lane, fd_name: str | None, iommufd: str | None) -> None:
         await _ask_quietly(lane, "object-del", {"id": iommufd})
 
 
-async def unplug(lane: Lane, id_: str, *, within_s: float) -> None:
-    """As `Vmm.unplug_device`."""
+async def unplug(lane: Lane, id_: str, *, within_s: float, iommufd: str | None = None) -> None:
+    """As `Vmm.unplug_device`. `iommufd`: the object it is known to have been on, for when the guest
+    has let go of it already, after nobody waited any more."""
     deadline_s = time.monotonic() + within_s
     with lane.subscribe((_DELETED, _GUEST_KEEPS_IT)) as events:
         kind = await _kind(lane, id_)
-        if kind is None:
-            return
-        _refuse_other(id_, kind)
-        iommufd = await iommufd_of(lane.ask, id_)
-        await _delete(lane, id_)
-        while not await _is_deleted(lane, events, id_, deadline_s):
-            if time.monotonic() >= deadline_s:
-                text = f"the guest has not let go of {id_} within {within_s:g} s, and still may"
-                raise VmmTimedOut(text, code="unplug_timed_out")
+        if kind is not None:
+            _refuse_other(id_, kind)
+            iommufd = await iommufd_of(lane.ask, id_) or iommufd
+            await _delete(lane, id_)
+            while not await _is_deleted(lane, events, id_, deadline_s):
+                if time.monotonic() >= deadline_s:
+                    text = f"the guest has not let go of {id_} within {within_s:g} s, and still may"
+                    raise VmmTimedOut(text, code="unplug_timed_out")
     if iommufd is not None:
         await _ask_quietly(lane, "object-del", {"id": iommufd})  # refused: another device has it
 

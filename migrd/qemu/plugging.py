@@ -17,6 +17,7 @@ from migrd.qemu.passthrough import KnownDevices, name_in_new_reason
 from migrd.qemu.plug import Lane, plug, unplug
 from migrd.qemu.process import WatchedProcess
 from migrd.qemu.seen import Seen
+from migrd.qemu.wire import QmpEvent
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +33,14 @@ class Plugging:
         self._known = known
         self._seen = seen
         self._one_at_a_time = asyncio.Lock()
+        self._leaving: set[str] = set()
 
     async def plug(self, device: VfioLaunchDevice, fds: PluggedFds) -> None:
         """As `Vmm.plug_device`."""
         async with self._one_at_a_time:
+            if device.id in self._leaving:
+                text = f"{device.id} is being unplugged, and the guest has not let go of it yet"
+                raise VmmRefused(text, code="unplug_pending")
             before = samples.read_blocked_reasons(await self._lane.ask("query-migrate"))
             lower = await self._room_to_lock() if self._maps_anew(device, fds) else None
             try:
@@ -52,9 +57,23 @@ class Plugging:
 
     async def unplug(self, id_: str, *, within_s: float) -> None:
         """As `Vmm.unplug_device`."""
-        await unplug(self._lane, id_, within_s=within_s)
+        self._leaving.add(id_)  # until it is known how it ended
+        try:
+            iommufd = self._known.iommufd(id_)
+            await unplug(self._lane, id_, within_s=within_s, iommufd=iommufd)
+        except VmmRefused:
+            self._leaving.discard(id_)
+            raise
+        self._leaving.discard(id_)
         self._known.remove(id_)
         self._seen.forget_device(id_)
+
+    def take(self, event: QmpEvent) -> None:
+        """The guest may let go of a device when nobody waits for it, and without being asked."""
+        if event.name == "DEVICE_DELETED":
+            id_ = str(event.data.get("device"))
+            self._leaving.discard(id_)
+            self._seen.forget_device(id_)
 
     def _maps_anew(self, device: VfioLaunchDevice, fds: PluggedFds) -> bool:
         """Whether the guest's memory will be mapped, and pinned, once more for it."""

@@ -51,7 +51,7 @@ def read_sample(
         throttle_percent=_integer(answer.get("cpu-throttle-percentage")),
         device_transferred_bytes=_integer(json_object(answer.get("vfio")).get("transferred")),
         device_states=device_states,
-        reset_devices=read_reset_devices(_text(answer.get("error-desc")), own_names),
+        reset_devices=read_reset(answer, own_names),
         multifd_bytes=_integer(ram.get("multifd-bytes")),
         postcopy_requests=_integer(ram.get("postcopy-requests")),
         error=_text(answer.get("error-desc")),
@@ -75,6 +75,11 @@ def read_status(migrate: object) -> QemuStatus:
 def read_blocked_reasons(migrate: object) -> tuple[str, ...]:
     reasons = json_object(migrate).get("blocked-reasons")
     return tuple(str(reason) for reason in reasons) if isinstance(reasons, list) else ()
+
+
+def read_reset(migrate: object, own_names: Mapping[str, str]) -> tuple[str, ...]:
+    """Devices that the last migration, which failed, left without their state."""
+    return read_reset_devices(_text(json_object(migrate).get("error-desc")), own_names)
 
 
 def read_port(migrate: object) -> int | None:

@@ -93,10 +93,13 @@ async def test_a_device_comes_and_goes_while_the_guest_runs(vfio: VfioWorld) -> 
     await with_device(machine)  # said again
     (found,) = (await machine.facts()).devices
     assert (found.id, found.iommufd, found.migrates) == ("hostdev0", "iommufd0", True)
+    assert found.guest_bus == "pci.0"
     assert found.guest_address is not None
     with pytest.raises(VmmTimedOut) as late:
         await machine.unplug_device("hostdev0", within_s=0.1)
     assert late.value.code == "unplug_timed_out"
+    with pytest.raises(VmmRefused, match="is being unplugged"):
+        await with_device(machine)
     unplugging = asyncio.create_task(machine.unplug_device("hostdev0", within_s=PLENTY_S))
     await asyncio.sleep(0.05)
     await guest_lets_go(machine)

@@ -62,7 +62,7 @@ class FakeDevices:
         self.cannot_be_saved: bool = False
         self.was_reset: str | None = None
         self._taken: list[int] = []
-        self._slots = iter(range(4, 4096))
+        self._slots = iter(range(4, 32))
 
     def close(self) -> None:
         """The process has ended."""
@@ -140,13 +140,6 @@ class FakeDevices:
                 await self._vm.qmp.emit("DEVICE_DELETED", {"device": id_, "path": path})
         return {}
 
-    async def query_pci(self) -> Reply:
-        rows = [
-            {"bus": 0, "slot": device.slot, "function": 0, "qdev_id": id_}
-            for id_, device in self.plugged.items()
-        ]
-        return [{"bus": 0, "devices": rows}]
-
     def take_iommufd(self, arguments: Mapping[str, Any]) -> None:
         """For object-add."""
         if "iommufd" not in _PROPERTIES[self._vm.version]:
@@ -157,10 +150,14 @@ class FakeDevices:
     def uses(self, object_id: str) -> bool:
         return any(device.iommufd == object_id for device in self.plugged.values())
 
-    def link(self, path: str) -> str | None:
-        """Of the property `iommufd`."""
-        device = self.plugged.get(path.rpartition("/")[2])
-        return None if device is None or device.iommufd is None else f"/objects/{device.iommufd}"
+    def property_of(self, id_: str, name: str) -> object:
+        """None: there is no such property."""
+        device = self.plugged.get(id_)
+        if device is None:
+            return None
+        link = None if device.iommufd is None else f"/objects/{device.iommufd}"
+        values = {"iommufd": link, "parent_bus": "/machine/i440fx/pci.0", "addr": device.slot << 3}
+        return values.get(name)
 
     def _take_fd(self, name: str) -> int:
         if name not in self._vm.qmp.fds:

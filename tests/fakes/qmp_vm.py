@@ -88,7 +88,7 @@ class FakeVm:
     async def command(self, name: str, arguments: Mapping[str, Any]) -> Reply:
         method = name.replace("-", "_")
         verb = getattr(self, "_" + method, None) or getattr(self.vfio, method, None)
-        if verb is None or name in {"start", "switch_over", "tell", "close", "uses", "link"}:
+        if verb is None or name in {"start", "switch_over", "tell", "close", "uses", "property_of"}:
             raise Refusal(f"The command {name} has not been found", "CommandNotFound")
         return await verb(**{key.replace("-", "_"): value for key, value in arguments.items()})
 
@@ -148,10 +148,10 @@ class FakeVm:
 
     async def _qom_get(self, path: str, property: str) -> Reply:
         if property != "type":
-            link = self.vfio.link(path) if property == "iommufd" else None
-            if link is None:
+            found = self.vfio.property_of(path.rpartition("/")[2], property)
+            if found is None:
                 raise Refusal(f"Property '{path}.{property}' not found")
-            return link
+            return found
         return f"pc-i440fx-{self.version}-machine"
 
     async def _query_migrate_capabilities(self) -> Reply:

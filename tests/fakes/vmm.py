@@ -53,6 +53,7 @@ class FakeVmm:
         self._stopped_at_s: float | None = None
         self._resumed_at_s: float | None = None
         self._feeds: set[FakeFeed] = set()
+        self._leaving: set[str] = set()
         qemu.listeners.append(self._take_event)
         qemu.on_death.append(self._wake_feeds)
 
@@ -167,6 +168,8 @@ class FakeVmm:
                     id=id_,
                     address=given.address if given is not None else None,
                     iommufd=given.iommufd if given is not None else None,
+                    guest_bus=given.guest_bus if given is not None else None,
+                    guest_address=given.guest_address if given is not None else None,
                     migrates=not own,
                     blocked_reasons=own,
                     device_state=states.get(id_),
@@ -327,11 +330,15 @@ class FakeVmm:
     async def plug_device(self, device: VfioLaunchDevice, fds: PluggedFds) -> None:
         if (device.given_by is GivenBy.FD) != (fds.device is not None):
             raise VmmRefused("a descriptor is missing, or one too many", code="bad_descriptors")
+        if device.id in self._leaving & self.qemu.devices.keys():
+            text = f"{device.id} is being unplugged, and the guest has not let go of it yet"
+            raise VmmRefused(text, code="unplug_pending")
         is_new = fds.iommufd is not None
         await self._in_band(lambda: self.qemu.plug(device, new_iommufd=is_new))
 
     async def unplug_device(self, id: str, *, within_s: float) -> None:
         await self._in_band(lambda: self.qemu.ask_to_unplug(id))
+        self._leaving.add(id)
         deadline_s = now_s() + within_s
         while id in self.qemu.devices:
             self._check_alive()
@@ -339,6 +346,7 @@ class FakeVmm:
                 text = f"the guest has not let go of {id} within {within_s:g} s, and still may"
                 raise VmmTimedOut(text, code="unplug_timed_out")
             await asyncio.sleep(LATENCY_S)
+        self._leaving.discard(id)
 
     async def quit(self) -> None:
         if self.qemu.is_dead:

@@ -176,19 +176,12 @@ def test_however_many_devices_tell_however_much_what_is_kept_is_bounded() -> Non
 # Where the guest sees them
 
 
-def test_a_device_behind_bridges_is_found() -> None:
-    deep = {"bus": 2, "slot": 1, "function": 0, "qdev_id": "hostdev0"}
-    port = {"bus": 0, "slot": 3, "function": 1, "qdev_id": "port1"}
-    answer = [{"bus": 0, "devices": [{**port, "pci_bridge": {"devices": [deep]}}]}]
-    assert passthrough.read_places(answer) == {
-        "port1": "0000:00:03.1",
-        "hostdev0": "0000:02:01.0",
-    }
-
-
-@given(JSON)
-def test_no_answer_about_the_buses_breaks_the_reading(answer: object) -> None:
-    passthrough.read_places(answer)
+@pytest.mark.parametrize(
+    ("devfn", "slot"),
+    [(0x28, "05.0"), (0x5B, "0b.3"), (255, "1f.7"), (-1, None), (256, None), ("05.0", None)],
+)
+def test_a_slot_is_written_as_a_launch_names_it(devfn: object, slot: str | None) -> None:
+    assert passthrough.read_slot(devfn) == slot
 
 
 # What a daemon remembers

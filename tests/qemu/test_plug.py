@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from migrd.engine.ports import PluggedFds
-from migrd.errors import VmmDied, VmmRefused, VmmUnreachable
+from migrd.errors import VmmDied, VmmRefused, VmmTimedOut, VmmUnreachable
 from migrd.qemu.machine import Machine
 from tests.contract.vmm_world import FakeWorld
 from tests.fakes.qmp_server import Fault
@@ -91,6 +91,25 @@ async def test_a_device_that_is_gone_is_seen_though_the_event_was_lost(world: Fa
         await machine.plug_device(device(), fds)
     await until_unplugged(machine)
     assert await ids(machine) == []
+
+
+async def test_a_device_let_go_of_when_nobody_waited_any_more_leaves_nothing(
+    world: FakeWorld,
+) -> None:
+    machine = await world.source()
+    with plugged() as fds:
+        await machine.plug_device(device(), fds)
+    with pytest.raises(VmmTimedOut):
+        await machine.unplug_device("hostdev0", within_s=0.05)
+    with plugged() as fds, pytest.raises(VmmRefused) as refused:
+        await machine.plug_device(device(), fds)  # it is there, and yet on its way out
+    assert refused.value.code == "unplug_pending"
+    await machine.monitor.execute("system_reset")
+    await machine.unplug_device("hostdev0", within_s=PLENTY_S)
+    assert world.vms[machine].objects == {}
+    with plugged() as fds:
+        await machine.plug_device(device(), fds)
+    assert await ids(machine) == ["hostdev0"]
 
 
 async def test_a_qemu_that_dies_while_the_guest_is_asked_is_told(world: FakeWorld) -> None:

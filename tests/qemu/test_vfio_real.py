@@ -134,7 +134,7 @@ async def test_a_qemu_inherits_its_devices_and_nothing_else_of_ours(
         found = await only_device(vmm)
         assert (found.id, found.address, found.iommufd) == ("hostdev0", FIRST, "iommufd0")
         assert found.migrates is True
-        assert found.guest_address is not None
+        assert (found.guest_bus, found.guest_address) == ("pci.0", "02.0")
         assert memlock_of(vmm.pid) == enough_or_most(64 * MIB + TCG_EXTRA_KIB * 1024 + OTHER_BYTES)
         plain = await launcher.launch(host.spec("other", "dev"), "two", incoming=True)
         assert open_in(plain.pid) == Open(devices=0, iommufds=0)
@@ -302,8 +302,9 @@ async def test_a_device_that_had_to_be_reset_is_told_and_the_vm_migrates_again(
 ) -> None:
     fault = host.root / "fault"
     fault.touch()
-    knobs = {"fail": "STOP_COPY", "fail_if": str(fault)}
-    add_vfio_profile(host, "dev", shim, precopy=MIB, stopcopy=MIB, **knobs)
+    add_vfio_profile(
+        host, "dev", shim, precopy=MIB, stopcopy=MIB, fail="STOP_COPY", fail_if=str(fault)
+    )
     async with host.daemon(call_deadline_s=PATIENT_S) as launcher:
         spec = host.spec(profile="dev")
         with passed(device()) as given:
@@ -425,6 +426,22 @@ async def test_a_device_that_qemu_does_not_take_leaves_nothing_behind(
         with plugged() as fds:
             await vmm.plug_device(device(), fds)
         assert (await only_device(vmm)).migrates is True
+        await ended(launcher, vmm)
+
+
+async def test_a_device_stands_where_the_guest_is_to_see_it(host: Host, shim: Path) -> None:
+    bridge = ('"-nodefaults"', '"-nodefaults", "-device", "pci-bridge,id=port1,chassis_nr=1"')
+    add_vfio_profile(host, "dev", shim, changes=[bridge])
+    async with host.daemon(call_deadline_s=PATIENT_S) as launcher:
+        placed = replace(device(), guest_address="0b.0")
+        with passed(placed) as given:
+            spec = host.spec(profile="dev")
+            vmm = await launcher.launch(spec, "one", incoming=False, devices=given)
+        behind = replace(device("hostdev1", SECOND, "iommufd1"), guest_bus="port1")
+        with plugged() as fds:
+            await vmm.plug_device(replace(behind, guest_address="05.0"), fds)
+        places = {d.id: (d.guest_bus, d.guest_address) for d in (await vmm.facts()).devices}
+        assert places == {"hostdev0": ("pci.0", "0b.0"), "hostdev1": ("port1", "05.0")}
         await ended(launcher, vmm)
 
 

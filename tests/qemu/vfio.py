@@ -3,7 +3,7 @@ stand-in (tests/lab/vfio_shim), and the descriptors to pass."""
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,19 @@ FIRST, SECOND = "0000:41:00.1", "0000:41:00.2"
 
 
 def add_vfio_profile(
-    host: Host, name: str, shim: Path, *, allowed: str = ALLOWED, **knobs: str | int
+    host: Host,
+    name: str,
+    shim: Path,
+    *,
+    allowed: str = ALLOWED,
+    changes: Sequence[tuple[str, str]] = (),
+    **knobs: str | int,
 ) -> Path:
     """A profile whose QEMUs have the stand-in, and the file that it keeps its log in."""
     log = host.root / f"{name}.log"
     variables = vfio_shim.environment(shim, log=str(log), **knobs)
     lines = [f'{key} = "{value}"' for key, value in variables.items()]
-    host.add_profile(name, more="\n".join([allowed, "[environment]", *lines, ""]))
+    host.add_profile(name, *changes, more="\n".join([allowed, "[environment]", *lines, ""]))
     return log
 
 
