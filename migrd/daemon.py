@@ -209,6 +209,8 @@ def engine_options(settings: Settings) -> EngineOptions:
         migrd_version=migrd.__version__,
         tracking_policy=settings.devices.tracking_policy,
         forbidden_tracking_policies=frozenset(settings.devices.forbidden_tracking_policies),
+        dma_sample_interval_s=settings.devices.sample_interval_s,
+        dma_sample_budget_s=settings.devices.sample_budget_ms / 1000,
     )
 
 

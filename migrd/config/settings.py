@@ -394,6 +394,15 @@ class DevicesSettings(_Section):
         default=(),
         description="Policies that a request may not ask for on this host.",
     )
+    sample_interval_s: Annotated[float, Field(ge=1, le=86_400)] = Field(
+        default=10.0,
+        description="Time between two samples of what the devices of the VMs write, in seconds.",
+    )
+    sample_budget_ms: Annotated[float, Field(gt=0, le=10_000)] = Field(
+        default=20.0,
+        description="Kernel time that a sample of one VM may take, in milliseconds: it looks at "
+        "as much of the memory as fits. Nothing is cleared by it, so nothing is ever missed.",
+    )
     expected: tuple[DeviceAddress, ...] = Field(
         default=(),
         description="Addresses of the devices that are meant for VMs: PCI addresses as in "

@@ -109,6 +109,18 @@ class DmaRate:
         return self.dirty_pages_per_s * self.page_size_bytes
 
 
+@dataclass(frozen=True)
+class SampledRate:
+    """What was found last of one page table of a VM."""
+
+    devices: tuple[str, ...]
+    """QEMU ids of the devices of its iommufd object, whose DMA it is together; empty: not known."""
+    iommufd: int
+    hwpt_id: int
+    rate: DmaRate
+    wall_s: float
+
+
 def estimate(
     windows: Sequence[Window],
     *,

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import structlog
 
+from migrd.core.dma_rate import SampledRate
 from migrd.engine.device_ports import OpenDevices
 from migrd.engine.ports import Vmm
 from migrd.engine.world import World
@@ -29,6 +30,7 @@ class DeviceHolding:
         self._world = world
         self._group = group
         self._held: dict[str, dict[asyncio.Task[None], OpenDevices]] = {}
+        self._rates: dict[str, tuple[SampledRate, ...]] = {}
 
     def of(self, instance: str) -> Sequence[OpenDevices]:
         """The open devices of a QEMU, for peeking; empty when none are held."""
@@ -36,6 +38,15 @@ class DeviceHolding:
 
     def is_held(self, instance: str) -> bool:
         return instance in self._held
+
+    def note_rates(self, instance: str, rates: Sequence[SampledRate]) -> None:
+        """What its devices were last seen to write (engine.dma_sampling)."""
+        if instance in self._held:  # else it went while it was sampled
+            self._rates[instance] = tuple(rates)
+
+    def rates_of(self, instance: str) -> tuple[SampledRate, ...]:
+        """The last sample; empty before the first."""
+        return self._rates.get(instance, ())
 
     def hold(self, vmm: Vmm, opened: OpenDevices) -> None:
         """Keep `opened` until the process has exited; it is this object's to close from here on."""
@@ -62,6 +73,7 @@ class DeviceHolding:
             del tasks[task]
         if not tasks:
             self._held.pop(instance, None)
+            self._rates.pop(instance, None)
 
     async def release(self, instance: str) -> None:
         """Let go now: the process is gone, or nobody is to hold its devices any more."""

@@ -13,6 +13,7 @@ import structlog
 from migrd.engine.decisions import Decisions
 from migrd.engine.device_holding import DeviceHolding
 from migrd.engine.device_start import DeviceStart
+from migrd.engine.dma_sampling import DmaSampling
 from migrd.engine.host import HostFacts
 from migrd.engine.migrations import Migrations
 from migrd.engine.reception import Reception
@@ -54,6 +55,8 @@ class Engine:
         self.host.recovered = True
         self._group.create_task(self.host.watch(), name="peers")
         self._group.create_task(self._rescan(), name="rescan")
+        sampling = DmaSampling(self.migrations, self.holding)
+        self._group.create_task(sampling.watch(), name="dma rates")
         again = Reevaluation(self._world, self.vms, self.decisions)
         self._group.create_task(again.watch(), name="decisions")
         return self

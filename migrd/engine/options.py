@@ -45,6 +45,9 @@ class EngineOptions:
     tracking_policy: TrackingPolicy = TrackingPolicy.AUTO
     """Where a request names none."""
     forbidden_tracking_policies: frozenset[TrackingPolicy] = frozenset()
+    dma_sample_interval_s: float = 10.0
+    dma_sample_budget_s: float = 0.02
+    """Kernel time of one sample of one VM's devices."""
 
     def switchover_s(self, downtime_limit_s: float) -> float:
         """Deadline of the switchover phase."""

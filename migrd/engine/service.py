@@ -15,6 +15,7 @@ from typing import Protocol
 from migrd.core.admission import Admission
 from migrd.core.convergence import Decision, Estimate
 from migrd.core.devices import Device, DeviceKind, IommuInstance, KernelFacts
+from migrd.core.dma_rate import SampledRate
 from migrd.core.facts import Round, SpecDevice, VmFacts, VmSpec
 from migrd.core.migration import Cause, Mode, Policy, Refusal, Request
 from migrd.core.standing import StandingDecision
@@ -134,6 +135,8 @@ class VmView:
     serial_path: str | None = None
     decision: StandingDecision | None = None
     """About its passthrough devices; None: it has none, or nobody has named them."""
+    dma_rates: tuple[SampledRate, ...] = ()
+    """What its devices were last seen to write, one for each page table with dirty tracking."""
     iommufds_held: bool = False
     """migrd has its own reference to its iommufds: dirty DMA can be peeked at. Not so after a
     restart of the daemon, until the VM is started or moved anew."""

@@ -271,5 +271,6 @@ def of_vm(entry: Entry, world: World, holding: DeviceHolding) -> VmView:
         pid=None if vmm is None or vmm.is_dead else vmm.pid,
         serial_path=None if vmm is None else world.launcher.serial_path(vmm),
         decision=entry.decision,
+        dma_rates=() if vmm is None else holding.rates_of(vmm.instance),
         iommufds_held=vmm is not None and holding.is_held(vmm.instance),
     )

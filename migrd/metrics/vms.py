@@ -63,6 +63,9 @@ def vm_families(
             rates[(migration.vm, "qemu")] = rate
     migratable: dict[LabelValues, float] = {}
     for vm in vms:
+        sampled = [one.rate.dirty_bytes_per_s for one in vm.dma_rates]
+        if known := [rate for rate in sampled if rate is not None]:
+            rates[(vm.name, "iommu")] = sum(known)
         verdict = verdict_of(vm)
         for word in VERDICTS:
             migratable[(vm.name, word)] = 1.0 if word == verdict else 0.0

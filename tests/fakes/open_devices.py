@@ -40,6 +40,7 @@ class FakeOpenDevices:
         self._written_at_s: float | None = None
         self._next = 0
         self._owed = 0.0
+        self._exited = asyncio.Event()
 
     iommufds: Sequence[int] = ()
     device_fds: Mapping[str, int] = {}
@@ -73,7 +74,13 @@ class FakeOpenDevices:
         took_s = length_bytes / PAGE * self.page_cost_s
         return DirtyPeek(hwpt, iova, length_bytes, page_size_bytes, dirty, took_s)
 
-    async def close_at_exit(self, pidfd: int) -> None: ...
+    async def close_at_exit(self, pidfd: int) -> None:
+        """A test that needs the end of the process calls `exit`."""
+        await self._exited.wait()
+        await self.close()
+
+    def exit(self) -> None:
+        self._exited.set()
 
     async def close(self) -> None:
         self.is_gone = True
