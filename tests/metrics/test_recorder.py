@@ -37,6 +37,7 @@ NAMES = {
     "migrd_ownership_violations",
     "migrd_peer_up",
     "migrd_qmp_call_seconds",
+    "migrd_tracking_decisions",
     "migrd_vm_dirty_bytes_per_second",
     "migrd_vm_dirty_pages",
     "migrd_vm_migratable",
@@ -72,6 +73,7 @@ def busy() -> tuple[Metrics, Host]:
     metrics.ownership_violation()
     metrics.inventory_seen(mixed_host())
     metrics.estimate_was_wrong()
+    metrics.decided("auto", "live", "none")
     host = Host(known=[vm_view("web", vm_facts())], moving=[migration_view("web")])
     return metrics, host
 
