@@ -57,6 +57,7 @@ from migrd.qemu.starting import (
     refuse_bad_names,
     to_the_end,
     verify_started,
+    watched,
 )
 
 START_DEADLINE_S: Final = 30.0
@@ -156,9 +157,8 @@ class QemuLauncher:
         incoming: bool,
         devices: PassedDevices | None = None,
     ) -> Vmm:
-        """As the port says. Also raises Invalid, NotFound (as `check`); Conflict when the instance
-        exists; VmmTimedOut when a QEMU that did not answer could not be seen to end either;
-        VmmRefused when it does not offer what the devices need, and nothing was started."""
+        """As the port says. Also raises Invalid, NotFound (as `check`); Conflict: the instance
+        exists; VmmTimedOut: it was not seen to end either; VmmRefused: it cannot take devices."""
         key = (spec.name, instance)
         if key in self._launching or key in self._known:
             raise Conflict(f"{spec.name} has an instance {instance}", code="instance_exists")
@@ -169,19 +169,16 @@ class QemuLauncher:
         known: Known | None = None
         try:
             with inheritable(devices) as inherited:
-                if inherited.launch.devices:
-                    probed_now = await self._probe(spec, inherited.launch)
-                    refuse_lacking(inherited.launch, probed_now)
                 start = Start(spec, at, incoming, inherited)
+                await self._refuse_lacking(start)
                 record, probed = await in_thread(self._spawn, start, started)
-            known = self._hold(at, spec, started.pop(), record, probed)
-            limit_s = self._start_deadline_s
-            await verify_started(known, at, incoming=incoming, within_s=limit_s)
+            known = self._hold(at, spec, watched(started.pop()), record, probed)
+            await verify_started(known, at, incoming=incoming, within_s=self._start_deadline_s)
             self._known[key] = known  # before it is no longer `launching`: `find` looks in a thread
         except BaseException as cause:
             self._locked_bytes.pop(key, None)
             if started:  # cancelled meanwhile, or its identity could not be noted
-                known = self._hold(at, spec, started.pop())
+                known = self._hold(at, spec, watched(started.pop()))
             if known is None:
                 raise
             answer = await to_the_end(end_failed(known, at, cause))
@@ -190,10 +187,14 @@ class QemuLauncher:
             raise
         finally:
             self._launching.discard(key)
-        how = "waiting for a guest" if incoming else "running"
-        took_ms = (time.monotonic() - began_s) * 1000
-        log.info("%s: QEMU is pid %s, %s, in %.0f ms", spec.name, known.process.pid, how, took_ms)
+        _tell_started(known, incoming=incoming, took_s=time.monotonic() - began_s)
         return known.machine
+
+    async def _refuse_lacking(self, start: Start) -> None:
+        """Before anything is started: the devices of a VM, for what they need of its QEMU."""
+        launch = start.inherited.launch
+        if launch.devices:
+            refuse_lacking(launch, await self._probe(start.spec, launch))
 
     def _spawn(self, start: Start, started: list[Child]) -> tuple[LaunchRecord, Probed | None]:
         inherited, at = start.inherited, start.at
@@ -223,19 +224,8 @@ class QemuLauncher:
         self,
         at: Instance,
         spec: VmSpec,
-        child: Child,
-        record: LaunchRecord | None = None,
-        expected: Probed | None = None,
-    ) -> Known:
-        process = WatchedProcess(child.identity, Life.ALIVE, child.pidfd, is_ours=True)
-        return self._known_of(at, spec, process, record, expected)
-
-    def _known_of(
-        self,
-        at: Instance,
-        spec: VmSpec,
         process: WatchedProcess,
-        record: LaunchRecord | None,
+        record: LaunchRecord | None = None,
         expected: Probed | None = None,
     ) -> Known:
         attachment = Attachment(at.vm, at.name, at.qmp_path, at.oob_path, process)
@@ -300,7 +290,7 @@ class QemuLauncher:
             log.warning(text, at.directory, found.life.value, cure)
         process = WatchedProcess(found.identity, found.life, found.pidfd, is_ours=True)
         spec = record.spec if record is not None else VmSpec(at.vm, None)
-        known = self._known_of(at, spec, process, record)
+        known = self._hold(at, spec, process, record)
         self._known[at.vm, at.name] = known
         return known
 
@@ -391,6 +381,12 @@ class QemuLauncher:
         for known in list(self._known.values()):
             await known.close()
         self._known.clear()
+
+
+def _tell_started(known: Known, *, incoming: bool, took_s: float) -> None:
+    how, took_ms = "waiting for a guest" if incoming else "running", took_s * 1000
+    vm, pid = known.spec.name, known.process.pid
+    log.info("%s: QEMU is pid %s, %s, in %.0f ms", vm, pid, how, took_ms)
 
 
 async def _connect(machine: Machine) -> None:

@@ -29,6 +29,7 @@ from migrd.qemu.instances import Instance, identity_by_socket, lock_says
 from migrd.qemu.machine import Machine
 from migrd.qemu.process import Life, WatchedProcess, kill_once, listener_pid
 from migrd.qemu.profile import Resolved
+from migrd.qemu.spawn import Child
 from migrd.qemu.wire import AnswerLost, NotSent, json_object
 
 END_DEADLINE_S: Final = 10.0
@@ -100,6 +101,11 @@ def command_line(
 
 def _escaped(path: Path) -> str:
     return os.fspath(path).replace(",", ",,")
+
+
+def watched(child: Child) -> WatchedProcess:
+    """Owns the child's pidfd from here on."""
+    return WatchedProcess(child.identity, Life.ALIVE, child.pidfd, is_ours=True)
 
 
 async def verify_started(known: Known, at: Instance, *, incoming: bool, within_s: float) -> None:

@@ -111,6 +111,11 @@ class FakeQemu:
     last_words = ""
     ignores_quit = False
     """Not even SIGKILL ends it (it hangs in the kernel)."""
+    is_dead = False
+    autostart = False
+    """`cont` was said while `inmigrate`."""
+    port: int | None = None
+    reset_devices: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -137,18 +142,14 @@ class FakeQemu:
         self.make = make
         self.status = QemuStatus.NONE
         self.run_state = RunState.INMIGRATE if incoming else RunState.PRELAUNCH
-        self.is_dead = False
         self.copy: int | None = None if incoming else guest.version
         self.missing_from: Holder | None = None
-        self.autostart = False
-        """`cont` was said while `inmigrate`."""
-        self.port: int | None = None
         self.numbers = Numbers()
         self.limits = Limits()
         self.transfer: Transfer | None = None
-        self.devices = {d.id: d for d in (devices.devices if devices is not None else ())}
-        self.iommufds = list(devices.iommufds) if devices is not None else []
-        self.reset_devices: tuple[str, ...] = ()
+        given = devices or VfioLaunch()
+        self.devices = {device.id: device for device in given.devices}
+        self.iommufds = list(given.iommufds)
         self.listeners: list[Callable[[str], None]] = []
         self.on_death: list[Callable[[], None]] = []
         self._answers = asyncio.Event()

@@ -1,6 +1,8 @@
 """Passthrough devices and real QEMUs: given at the start, plugged, unplugged, migrated, reset.
 
 The devices are stand-ins (tests/lab/vfio_shim): QEMU's own code for VFIO runs, on no hardware.
+
+Longer than other tests because it follows a device through all of its life with a QEMU.
 """
 
 import asyncio
@@ -253,6 +255,25 @@ async def test_a_device_whose_dma_nobody_tracks_is_named_with_qemus_reason(
 # Migration
 
 
+async def migrated(source: Vmm, destination: Vmm) -> list[TransferSample]:
+    """All samples of the source, of a migration that completes."""
+    address = await destination.prepare_incoming(FAST, None, "127.0.0.1")
+    await source.prepare_outgoing(FAST, None)
+    samples: list[TransferSample] = []
+    has_continued = False
+    async with source.feed() as feed, destination.feed() as arriving:
+        await source.start_outgoing(address)
+        while not samples or samples[-1].qemu_status is not QemuStatus.COMPLETED:
+            sample = await feed.newer(within_s=PLENTY_S)
+            assert sample is not None, samples[-1:]
+            samples.append(sample)
+            if sample.qemu_status is QemuStatus.PRE_SWITCHOVER and not has_continued:
+                await source.continue_switchover()
+                has_continued = True
+        await status_seen(arriving, QemuStatus.COMPLETED)
+    return samples
+
+
 async def test_a_guest_migrates_with_its_device_and_each_state_of_it_is_told(
     host: Host, shim: Path
 ) -> None:
@@ -263,24 +284,7 @@ async def test_a_guest_migrates_with_its_device_and_each_state_of_it_is_told(
             source = await launcher.launch(spec, "one", incoming=False, devices=given)
         with passed(device(address=SECOND)) as given:
             destination = await launcher.launch(spec, "two", incoming=True, devices=given)
-        address = await destination.prepare_incoming(FAST, None, "127.0.0.1")
-        await source.prepare_outgoing(FAST, None)
-        samples: list[TransferSample] = []
-        async with source.feed() as feed, destination.feed() as arriving:
-            await source.start_outgoing(address)
-
-            def is_at(status: QemuStatus) -> bool:
-                return bool(samples) and samples[-1].qemu_status is status
-
-            has_continued = False
-            while not is_at(QemuStatus.COMPLETED):
-                sample = await feed.newer(within_s=PLENTY_S)
-                assert sample is not None, samples[-1:]
-                samples.append(sample)
-                if is_at(QemuStatus.PRE_SWITCHOVER) and not has_continued:
-                    await source.continue_switchover()
-                    has_continued = True
-            await status_seen(arriving, QemuStatus.COMPLETED)
+        samples = await migrated(source, destination)
         states = list(dict.fromkeys(dict(s.device_states).get("hostdev0") for s in samples))
         told = [state for state in states if state in ("pre-copy", "pre-copy-p2p", "stop-copy")]
         assert told == ["pre-copy", "pre-copy-p2p", "stop-copy"]
