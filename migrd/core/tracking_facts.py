@@ -93,7 +93,16 @@ def uses_legacy_interface(request: TrackingRequest) -> bool:
 
 def has_no_cdev(device: Device) -> bool:
     """A VFIO driver has it, and the kernel made no character device for it."""
-    return device.vfio_cdev is None and "vfio" in (device.driver or "")
+    return device.vfio_cdev is None and not is_unbound(device)
+
+
+def is_unbound(device: Device) -> bool:
+    """No VFIO driver has it. (An mdev's own driver is one, whatever its name.)"""
+    if device.vfio_cdev is not None:
+        return False
+    if device.kind is DeviceKind.VFIO_MDEV:
+        return device.driver is None
+    return "vfio" not in (device.driver or "")
 
 
 def _is_absent(capability: Capability) -> bool:

@@ -157,7 +157,7 @@ def _against_copying(one: Traits, layout: Layout) -> Iterator[Reason]:
         yield Reason(ReasonCode.MEMORY_ABOVE_LIMIT, one.id, why, UNTIL_UNPLUGGED)
     if one.id not in layout.partition.may_copy_all and layout.partition.is_safe:
         why = f"{name(one)} shares an iommufd object with devices that IOMMUs track, {cannot}"
-        cure = "let the VM have one more iommufd object, and plug the device again"
+        cure = "let the VM have an iommufd object more, and plug it again with all of its group"
         yield Reason(ReasonCode.IOMMUFD_LIMIT, one.id, why, cure)
     if one.vm_device.attached and not (standing is not None and standing.may_copy_all):
         why = f"{name(one)} was given to QEMU without enable-migration=on, {cannot}"

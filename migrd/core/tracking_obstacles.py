@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-from migrd.core.devices import Capability, Device, DeviceKind, Unknown
-from migrd.core.tracking_facts import Traits, has_no_cdev
+from migrd.core.devices import Capability, Device, Unknown
+from migrd.core.tracking_facts import Traits, has_no_cdev, is_unbound
 from migrd.core.tracking_layout import Layout
 from migrd.core.tracking_reasons import Reason, ReasonCode
 from migrd.core.tracking_request import TrackingRequest
@@ -107,15 +107,6 @@ def _detail(told: Capability) -> str:
 def _unknowns(device: Device) -> dict[Unknown, Capability]:
     answers = (device.iommu_dirty_tracking, device.dma_logging, device.migration.can)
     return {one.reason: one for one in answers if one.reason is not None}
-
-
-def is_unbound(device: Device) -> bool:
-    """No VFIO driver has it."""
-    if device.vfio_cdev is not None:
-        return False
-    if device.kind is DeviceKind.VFIO_MDEV:
-        return device.driver is None
-    return "vfio" not in (device.driver or "")
 
 
 def _of_group(one: Traits, given: set[str], request: TrackingRequest) -> Iterator[Reason]:

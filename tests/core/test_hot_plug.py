@@ -144,6 +144,18 @@ def test_an_able_device_is_never_added_beside_a_plain_page_table() -> None:
     assert [one.devices for one in judged.plan.iommufds] == [("log",), ("able",)]
 
 
+def test_a_device_joins_its_group_even_where_it_can_then_not_be_copied() -> None:
+    able, log = both("able"), by_log("log", iommu_group=7)
+    standing = plan(able, log)
+    assert len(standing.iommufds) == 1
+    new = by_none("new", iommu_group=7)
+    judged = judge_plug(standing, asked(*held(able, log), new), accept_lower=True)
+    assert [one.devices for one in judged.plan.iommufds] == [("able", "log", "new")]
+    assert not judged.plan.launched["new"].may_copy_all
+    assert judged.plan.migratability is UNPLUG
+    assert "iommufd_limit" in codes(judged.plan.reasons)
+
+
 def test_ids_of_new_objects_are_free_ones() -> None:
     able, log = by_iommu("able"), by_log("log")
     standing = plan(able, log)

@@ -138,6 +138,18 @@ def test_nor_with_emulated_mdevs_among_up_to_four() -> None:
         assert of_plan(letters, TrackingPolicy.AUTO) == best(letters), letters
 
 
+def test_nor_does_any_order_where_the_vm_may_have_one_iommufd_object() -> None:
+    for letters in multisets("BILNln", range(1, 5)):
+        devices = made(letters)
+        found = plan(*devices, max_iommufds=1)
+        if found.refused:
+            assert set(letters) & {"L", "l"}
+            assert "I" in letters
+            continue
+        given = launched(found, {one.id: truth_of(one) for one in devices})
+        assert worst_outcome(given).rank == best_container("".join(sorted(letters))), letters
+
+
 def whole_vm(letters: str) -> int:
     """The best outcome, each VM tried as a whole: orders, partitions, forces, nothing shared."""
     found = []

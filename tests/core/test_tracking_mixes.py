@@ -287,6 +287,11 @@ def test_a_group_stays_together_and_shares_what_its_page_table_can() -> None:
     assert found.trackers["a"] is Tracker.NONE
 
 
+def test_a_group_is_not_parted_to_save_an_object() -> None:
+    found = plan(by_log("a", iommu_group=7), by_none("b", iommu_group=7), both("c"))
+    assert parts(found) == [["c"], ["a", "b"]]
+
+
 @pytest.mark.parametrize(
     ("facts", "probe"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from migrd.core.devices import Answer, IommuKind, MigrationFlag
@@ -38,6 +38,8 @@ from tests.core.tracking_cases import (
     truths,
 )
 
+ANY_TIME = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""The machine may be busy."""
 LIVE = Migratability.LIVE
 ANSWERS = st.sampled_from([YES, NO, ASK])
 MIGRATIONS = st.sampled_from([MOVES, MOVES, MOVES_ALONE, STAYS, MAYBE_MOVES])
@@ -78,6 +80,7 @@ def with_policy(facts: dict[str, Any], policy: TrackingPolicy) -> dict[str, Any]
     return facts | {"policy": policy}
 
 
+@ANY_TIME
 @given(vms(), REQUESTS, st.randoms(use_true_random=False))
 def test_the_same_devices_in_any_order_have_the_same_plan(
     devices: tuple[VmDevice, ...], facts: dict[str, Any], random: Any
@@ -93,6 +96,7 @@ def awakens_p2p(devices: tuple[VmDevice, ...]) -> bool:
     return len(moving) == 1 and MigrationFlag.P2P not in moving[0].flags
 
 
+@ANY_TIME
 @given(vms(), REQUESTS)
 def test_adding_a_capable_device_never_lowers(
     devices: tuple[VmDevice, ...], facts: dict[str, Any]
@@ -109,6 +113,7 @@ def test_adding_a_capable_device_never_lowers(
     assert after.migratability_at_best.rank <= before.migratability_at_best.rank
 
 
+@ANY_TIME
 @given(vms(), REQUESTS, st.data())
 def test_removing_a_device_never_lowers(
     devices: tuple[VmDevice, ...], facts: dict[str, Any], data: st.DataObject
@@ -121,6 +126,7 @@ def test_removing_a_device_never_lowers(
     assert after.migratability_at_best.rank <= before.migratability_at_best.rank
 
 
+@ANY_TIME
 @given(vms(), REQUESTS)
 def test_require_refuses_exactly_what_auto_does_not_call_live(
     devices: tuple[VmDevice, ...], facts: dict[str, Any]
@@ -130,6 +136,7 @@ def test_require_refuses_exactly_what_auto_does_not_call_live(
     assert bool(require.refused) == (auto.migratability is not LIVE)
 
 
+@ANY_TIME
 @given(vms(), REQUESTS)
 def test_always_promises_no_less_than_auto_and_auto_no_less_than_never(
     devices: tuple[VmDevice, ...], facts: dict[str, Any]
@@ -149,6 +156,7 @@ def bears_on_the_verdict(one: VmDevice) -> bool:
     return facts.migration.can.answer is Answer.UNKNOWN or (is_open and not is_watched)
 
 
+@ANY_TIME
 @given(vms(), REQUESTS)
 def test_an_unknown_that_matters_never_gives_live_and_always_names_a_probe(
     devices: tuple[VmDevice, ...], facts: dict[str, Any]
@@ -168,7 +176,7 @@ def promised(request: TrackingRequest, found: Plan) -> None:
         assert MEANS[outcome].rank <= found.migratability.rank, truth
 
 
-@settings(deadline=None)
+@ANY_TIME
 @given(vms(most=4), REQUESTS, st.sampled_from([None, None, 1, 2]))
 def test_what_is_promised_holds_in_qemu_however_the_unknowns_turn_out(
     devices: tuple[VmDevice, ...], facts: dict[str, Any], most: int | None

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrd.core.vfio_launch import GivenBy, VfioLaunch, VfioLaunchDevice, arguments
@@ -107,6 +107,7 @@ def test_ids_keep_qemus_own_rule(bad: str) -> None:
         arguments(VfioLaunch(devices=(replace(NIC, id=bad),)), [], {"0000:41:00.2": 9})
 
 
+@settings(deadline=None)
 @given(st.text(), st.text(), st.text())
 def test_whatever_is_put_in_no_argument_has_more_properties_than_it_should(
     id_: str, address: str, place: str
