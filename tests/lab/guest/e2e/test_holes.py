@@ -7,8 +7,8 @@ can track dirty pages, "unable" ones have not.
 What was seen, against what the code of QEMU lets one expect: H1, H2 and H4 as read. H3 is worse: a
 device that nothing tracks, forced to migrate, was expected to make QEMU take all memory for
 dirty where it has an iommufd object to itself. QEMU 10.0 does not: with nothing to start, no
-tracking counts as started, so the sync that would mark all memory is never made. Migration must
-not be forced on over iommufd at all.
+tracking counts as started, so the sync that would mark all memory is never made. Over iommufd a
+forced migration is sound only when the guest was stopped before it began.
 
 mtty's own DMA log is a stub, so where a device is to have none, QEMU is told to leave it alone
 (IOMMU_ONLY), and where it has one, nothing is said of it (LOGS). Nobody's DMA is really lost here:
@@ -90,7 +90,8 @@ async def move(
         assert found["status"] != "failed", found
         return bool(found["status"] == "completed")
 
-    await source.qemu.qmp("cont")
+    if (await source.qemu.qmp("query-status"))["status"] != "paused":
+        await source.qemu.qmp("cont")
     uri = f"unix:{source.qemu.qmp_path.parent}/migration"
     await destination.qemu.qmp("migrate-incoming", uri=uri)
     # Else all memory would go in the switchover, and only once.
@@ -204,6 +205,38 @@ async def test_h3_alone_in_its_object_it_is_not_watched_either_and_qemu_only_war
         assert await move(source, destination) < 2 * PAGES, "memory is not taken for dirty"
         assert source.trace("vfio_get_dirty_bitmap") == [], "QEMU does not even ask"
         assert UNTRACKED in source.qemu.stderr()
+
+
+async def test_h3_is_closed_by_stopping_the_guest_before_anything_is_copied(
+    tmp_path: Path,
+) -> None:
+    """Its device then writes no more, so there is nothing to watch."""
+    with mtty(tracked=False) as here, mtty(tracked=False) as there:
+        device_state = Path(f"/sys/kernel/debug/vfio/{here.sysfs.name}/migration/state")
+        seen: set[str] = set()
+
+        def look() -> None:
+            seen.add(device_state.read_text().strip())
+
+        async with (
+            nested(tmp_path, Device("forced", here.node, properties=FORCED)) as source,
+            nested(
+                tmp_path,
+                Device("forced", there.node, properties=FORCED),
+                name="destination",
+                incoming=True,
+            ) as destination,
+        ):
+            await source.qemu.qmp("cont")
+            look()
+            assert seen == {"RUNNING"}
+            await source.qemu.qmp("stop")
+            seen.clear()
+            look()
+            await move(source, destination, meanwhile=look)
+            look()
+            assert (await destination.qemu.qmp("query-status"))["status"] == "paused"
+    assert seen <= {"STOP", "STOP_COPY"}
 
 
 async def test_h4_after_the_able_device_was_unplugged_the_forced_one_is_still_not_watched(
