@@ -6,6 +6,7 @@ from migrd.core.devices import Answer, Evidence
 from migrd.core.tracking_facts import Traits, excluded_by_tracking
 from migrd.core.tracking_layout import Layout
 from migrd.core.tracking_reasons import HOW, Migratability, Probe, Reason, ReasonCode
+from migrd.core.tracking_request import DomainFlag
 from migrd.core.tracking_words import name
 from migrd.core.vfio_launch import QemuVfioFeature
 
@@ -56,30 +57,47 @@ def no_safe_partition(layout: Layout) -> Reason:
 
 def notes(layout: Layout) -> Iterator[Reason]:
     """What limits nothing."""
-    request = layout.request
     for one in layout.traits.values():
         yield from _of_evidence(one)
-        lost = excluded_by_tracking(one, request.wants) if layout.is_requested(one) else None
-        if lost:
-            words = " and ".join(sorted(flag.value for flag in lost))
-            yield Reason(
-                ReasonCode.TRACKING_EXCLUDES_WANTED_FEATURE,
-                one.id,
-                f"{name(one)}: dirty tracking is requested on {one.instance}, so the VM goes "
-                f"without {words}",
-                f"choose policy auto: it keeps {words} and goes without tracking",
-            )
-    unasked = [
-        one
+        if layout.is_requested(one):
+            yield from _gone_without(one, excluded_by_tracking(one, layout.request.wants))
+    yield from _of_interface(layout)
+    free = [one for one in layout.traits.values() if one.vm_device.guest_address is None]
+    if free and len(layout.traits) > 1:
+        yield Reason(
+            ReasonCode.GUEST_ADDRESS_NOT_FIXED,
+            None,
+            f"{len(free)} devices have no guest address of their own: they get slots in attach "
+            "order, which may be another one on a host with other IOMMUs",
+            "give each device a guest address",
+        )
+
+
+def _gone_without(one: Traits, lost: frozenset[DomainFlag]) -> Iterator[Reason]:
+    if lost:
+        words = " and ".join(sorted(flag.value for flag in lost))
+        yield Reason(
+            ReasonCode.TRACKING_EXCLUDES_WANTED_FEATURE,
+            one.id,
+            f"{name(one)}: dirty tracking is requested on {one.instance}, so the VM goes "
+            f"without {words}",
+            f"choose policy auto: it keeps {words} and goes without tracking",
+        )
+
+
+def _of_interface(layout: Layout) -> Iterator[Reason]:
+    """Where QEMU does otherwise than the policy says, or cannot do what it says."""
+    unasked = {
+        one.instance
         for one in layout.traits.values()
         if one.cap is not NO and one.is_behind_iommu and not layout.is_requested(one)
-    ]
+    }
     if unasked and not layout.is_legacy:
         yield Reason(
             ReasonCode.QEMU_ALWAYS_REQUESTS,
             None,
             "QEMU requests dirty tracking wherever the IOMMU can, so its page tables have it "
-            f"(and its price) behind {', '.join(sorted({one.instance for one in unasked})[:4])}",
+            f"(and its price) behind {', '.join(sorted(unasked)[:4])}",
             "none in QEMU, but for the VFIO group interface",
         )
     if layout.is_legacy and layout.traits:
@@ -89,15 +107,6 @@ def notes(layout: Layout) -> Iterator[Reason]:
             "the devices are given by the VFIO group interface: QEMU, the kernel or a driver has "
             "no iommufd, and QEMU must be able to open the devices itself",
             "use a QEMU and a kernel with iommufd and VFIO character devices",
-        )
-    free = [one for one in layout.traits.values() if one.vm_device.guest_address is None]
-    if free and len(layout.traits) > 1:
-        yield Reason(
-            ReasonCode.GUEST_ADDRESS_NOT_FIXED,
-            None,
-            f"{len(free)} devices have no guest address of their own: they get slots in attach "
-            "order, which may be another one on a host with other IOMMUs",
-            "give each device a guest address",
         )
 
 
