@@ -154,15 +154,9 @@ class HostInventory:
         instance = self._current.iommus.get(name or "")
         if instance is not None and instance.dirty_tracking != answers.iommus.get(instance.name):
             changed.update(self._scan.index.below[instance.name])
-        self._publish(
-            assemble(
-                self._scan,
-                answers,
-                previous=self._current,
-                changed=changed,
-                trouble=self._own_trouble(),
-            )
-        )
+        new = self._assembled(self._scan, answers, self._current, changed, self._own_trouble())
+        if new is not None:
+            self._publish(new)
         return self._current
 
     async def _follow(self, pending: Pending) -> None:
@@ -234,11 +228,10 @@ class HostInventory:
             new = assemble(scan, answers, trouble=trouble)
         else:
             new = assemble(scan, answers, previous=previous, changed=about, trouble=trouble)
-        return None if _is_as(previous, new) else new
+        is_same = new == replace(previous, generation=new.generation)
+        return None if is_same else new
 
     def _publish(self, new: Inventory) -> None:
-        if _is_as(self._current, new):
-            return
         self._current = replace(new, generation=self._current.generation + 1)
         for changed in list(self._watchers):
             changed(self._current)
@@ -274,7 +267,3 @@ class HostInventory:
     @staticmethod
     def _tell_slow() -> None:
         log.warning("reading sysfs takes long: a driver may hold a lock", waited_s=SLOW_S)
-
-
-def _is_as(current: Inventory, new: Inventory) -> bool:
-    return new == replace(current, generation=new.generation)

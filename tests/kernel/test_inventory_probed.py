@@ -17,7 +17,9 @@ from migrd.core.devices import (
     MigrationFlag,
     Unknown,
 )
+from migrd.kernel.host_scan import scan_host
 from migrd.kernel.inventory import HostInventory
+from migrd.kernel.probed import Answers, assemble
 from tests.fakes.sysfs import VTD_ECAP_TRACKS, FakeHost
 from tests.fakes.uevents import FakeKernelMessages, until
 
@@ -183,6 +185,14 @@ async def test_answers_of_the_old_driver_that_arrive_while_the_new_one_is_read_d
     await asyncio.sleep(0)
     inventory.note_probed(told)
     assert (await rescan).devices[NIC].migration.can.reason is Unknown.NOT_PROBED
+
+
+def test_answers_are_never_put_beside_another_driver(host: FakeHost) -> None:
+    told = replace(host.look().devices[NIC], migration=MOVES)
+    host.unbind(NIC)
+    host.bind(NIC, "mlx5_vfio_pci")
+    device = assemble(scan_host(host.roots), Answers({NIC: told})).devices[NIC]
+    assert device.migration.can.reason is Unknown.NOT_PROBED
 
 
 async def test_a_probe_that_answers_during_a_scan_is_in_its_result(

@@ -5,16 +5,19 @@ import errno
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
 
-from migrd.core.devices import Inventory
+from migrd.core.devices import Capability, Inventory
 from migrd.engine.device_ports import DeviceInventory
 from migrd.kernel import inventory as module
 from migrd.kernel.host_scan import HostScan, scan_again, scan_host
 from migrd.kernel.inventory import MAX_PENDING, HostInventory
+from migrd.kernel.probed import assemble
 from migrd.kernel.sysfs import Roots
 from migrd.kernel.uevents import Uevent
 from tests.fakes.sysfs import VTD_ECAP_TRACKS, FakeHost, bdf
@@ -273,6 +276,31 @@ async def test_everyone_who_asks_while_a_scan_runs_gets_a_later_one_and_they_sha
     for other in others:
         assert VF in (await other).devices
     assert scans.whole == 2
+
+
+async def test_a_probe_that_answers_while_the_snapshot_is_put_together_is_in_it(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inventory = HostInventory(host.roots)
+    device = (await inventory.rescan()).devices[NIC]
+    host.add_function(VF)
+    reached, go, loops = threading.Event(), threading.Event(), threading.get_ident()
+
+    def held(*scan: Any, **more: Any) -> Inventory:
+        made = assemble(*scan, **more)
+        if threading.get_ident() != loops:
+            reached.set()
+            assert go.wait(30)
+        return made
+
+    monkeypatch.setattr(module, "assemble", held)
+    rescan = asyncio.create_task(inventory.rescan())
+    await until(reached.is_set)
+    inventory.note_probed(replace(device, can_reset=Capability.probed(False)))
+    go.set()
+    after = await rescan
+    assert after.devices[NIC].can_reset == Capability.probed(False)
+    assert VF in after.devices
 
 
 async def test_who_gives_up_waiting_for_a_scan_takes_it_from_nobody(
