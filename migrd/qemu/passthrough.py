@@ -37,6 +37,8 @@ PERIPHERAL: Final = "/machine/peripheral"
 DEVICES_BOUND: Final = 256
 """More devices than a machine can have: what is beyond is not remembered."""
 WORD_BOUND: Final = 128
+ERROR_BOUND: Final = 2048
+"""Characters of an error-desc that are looked at."""
 
 _PROPERTIES: Final[Mapping[QemuVfioFeature, str]] = MappingProxyType(
     {
@@ -198,7 +200,9 @@ def _owner(
 
 def read_reset_devices(error: str | None, names: Mapping[str, str]) -> tuple[str, ...]:
     """Devices that an error-desc says were reset; ids where QEMU's own name is known."""
-    found = _RESET.findall(error or "")
+    if error is None or "Resetting device" not in error:
+        return ()
+    found = _RESET.findall(error[:ERROR_BOUND])
     return tuple(dict.fromkeys(names.get(name, name)[:WORD_BOUND] for name in found))
 
 

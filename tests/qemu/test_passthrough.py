@@ -138,6 +138,12 @@ def test_a_reset_device_is_named_by_its_id_where_that_is_known() -> None:
         assert passthrough.read_reset_devices(other, names) == ()
 
 
+def test_an_endless_error_is_looked_at_in_part() -> None:
+    endless = "a" * 10_000_000 + "Resetting device"
+    assert passthrough.read_reset_devices(endless, {}) == ()
+    assert passthrough.read_reset_devices(RESET.format("d") + endless, {}) == ("d",)
+
+
 def test_a_plugged_device_is_recognised_by_the_one_reason_that_is_new() -> None:
     old, new = "VFIO_FD7: not supported", "VFIO_FD9: not supported"
     assert passthrough.name_in_new_reason([old], [old, new]) == "VFIO_FD9"
