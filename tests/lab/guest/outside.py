@@ -26,6 +26,12 @@ from tests.lab.kernel.build import LIMIT_S as BUILD_LIMIT_S
 from tests.setup.debian import SetUpError
 
 Report: TypeAlias = pytest.TestReport | pytest.CollectReport
+BOOTS_A_GUEST = (
+    pytest.mark.guest,
+    pytest.mark.real,
+    pytest.mark.xdist_group("qemu"),
+    pytest.mark.timeout(BUILD_LIMIT_S + RUN_LIMIT_S),  # the first one waits for the kernel
+)
 _BOOTS = pytest.StashKey[dict[str, "Results"]]()
 
 
@@ -105,6 +111,7 @@ class GuestTest(pytest.Item):
 def hand_over(items: list[pytest.Item]) -> None:
     """Put GuestTests, last, in the place of the functions below guest/."""
     own = [item for item in items if not item.path.is_relative_to(GUEST)]
+    own.sort(key=lambda item: any(item.iter_markers("guest")))  # these boot one by themselves
     guests = [_stand_in(item) for item in items if item.path.is_relative_to(GUEST)]
     order = {tier: number for number, tier in enumerate(TIERS)}
     guests.sort(key=lambda guest: order.get(guest.tier or "", -1))
@@ -119,9 +126,8 @@ def _stand_in(item: pytest.Item) -> GuestTest:
         item.parent, name=item.name, tier=tier, guest_id=item.nodeid
     )
     guest.own_markers = [mark for mark in item.own_markers if mark.name != "timeout"]
-    guest.add_marker("real")
-    guest.add_marker(pytest.mark.xdist_group("qemu"))
-    guest.add_marker(pytest.mark.timeout(BUILD_LIMIT_S + RUN_LIMIT_S))
+    for mark in BOOTS_A_GUEST:
+        guest.add_marker(mark)
     return guest
 
 
