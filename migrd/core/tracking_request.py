@@ -106,5 +106,7 @@ class TrackingRequest:
     downgraded: frozenset[str] = frozenset()
     """Devices whose ladder ended without tracking (`attach_ladder`)."""
     standing: tuple[StandingObject, ...] = ()
-    """Of a running VM: devices stay where they are. Filled by `hot_plug` from the standing plan."""
+    """Of a running VM: devices stay where they are. Filled by `hot_plug` from the standing plan.
+    Attached devices without any (an adopted VM) are taken to be on the legacy interface: what is
+    not known of their containers must not be promised."""
     standing_devices: Mapping[str, StandingDevice] = field(default_factory=dict)
