@@ -5,14 +5,15 @@ in it is bounded and plain text, whatever sysfs had in it: what cannot be writte
 kept (`sound`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar
 
 from migrd.core.devices import Answer, Capability, Device, Evidence, MigrationFlag
-from migrd.core.facts import VmSpec
+from migrd.core.facts import PassthroughFacts, VmSpec
 from migrd.core.tracking import Plan, TrackingRequest
+from migrd.core.vfio_launch import VfioLaunch
 
 T = TypeVar("T")
 
@@ -118,6 +119,41 @@ def with_addresses(spec: VmSpec, addresses: Mapping[str, str]) -> VmSpec:
         replace(device, address=addresses.get(device.id, device.address)) for device in spec.devices
     )
     return replace(spec, devices=devices)
+
+
+def placed(spec: VmSpec, seen: Iterable[PassthroughFacts]) -> VmSpec:
+    """The spec with the guest slots that the running VM was seen to have its devices in, wherever
+    none was given: a QEMU elsewhere must not choose others."""
+    places = {one.id: one for one in seen if one.guest_bus and one.guest_address}
+    devices = tuple(
+        replace(
+            device,
+            guest_bus=places[device.id].guest_bus,
+            guest_address=places[device.id].guest_address,
+        )
+        if device.guest_address is None and device.guest_bus is None and device.id in places
+        else device
+        for device in spec.devices
+    )
+    return replace(spec, devices=devices)
+
+
+def placed_launch(told: VfioLaunch | None, spec: VmSpec) -> VfioLaunch | None:
+    """What QEMU was told, with the guest slots of the spec."""
+    if told is None:
+        return None
+    by_id = {device.id: device for device in spec.devices}
+    devices = tuple(
+        replace(
+            one,
+            guest_bus=by_id[one.id].guest_bus,
+            guest_address=by_id[one.id].guest_address,
+        )
+        if one.id in by_id
+        else one
+        for one in told.devices
+    )
+    return replace(told, devices=devices)
 
 
 def sound(value: T) -> T:

@@ -17,10 +17,11 @@ import structlog
 
 from migrd.core.devices import Device, Inventory, IommuInstance
 from migrd.core.facts import SpecDevice, VmSpec
-from migrd.core.hot_plug import compare
+from migrd.core.hot_plug import compare, reconsider
 from migrd.core.standing import (
     DeviceEvidence,
     StandingDecision,
+    placed,
     remembering,
     sound,
     standing,
@@ -136,7 +137,7 @@ class Decisions:
             attached, stands = frozenset(), None
         memory = None if facts is None else facts.memory_bytes
         if memory is None and spec.profile is not None:
-            memory = await in_thread(self._world.launcher.memory_bytes, spec)
+            memory = await in_thread(self._world.launcher.memory_bytes, bare(spec))
         return Circumstances(
             attached=attached,
             memory_bytes=memory,
@@ -162,7 +163,7 @@ class Decisions:
         check_devices(spec)
         world, inventory = self._world, self._world.inventory.current
         found, violations = self._find(spec, inventory, now)
-        offer = await world.launcher.vfio_features(spec)
+        offer = await world.launcher.vfio_features(bare(spec))
         request = TrackingRequest(
             devices=tuple(found),
             qemu=offer,
@@ -210,6 +211,21 @@ class Decisions:
             return list(exc.violations) or [Violation("devices", exc.code, exc.message)]
         return []
 
+    async def now_of(
+        self, entry: Entry, *, downtime_limit_s: float | None = None
+    ) -> tuple[Decided, StandingDecision]:
+        """The VM as it is, from the facts of now; what the QEMU that runs it has been told stands.
+        Raises as `decide`."""
+        spec, stands = placed_spec(entry), entry.decision
+        now = await self.circumstances(spec, entry)
+        now = replace(now, downtime_limit_s=downtime_limit_s)
+        decided = await self.decide(spec, now)
+        if stands is None or not now.attached:
+            return decided, decided.stands(self._world.clock.wall_s())
+        plan = sound(reconsider(stands.plan, decided.request))
+        wall_s = self._world.clock.wall_s()
+        return decided, standing(decided.request, plan, wall_s, probed=stands.probed)
+
     # What stands --------------------------------------------------------------------------------
 
     def put(self, entry: Entry, after: StandingDecision | None) -> None:
@@ -245,6 +261,11 @@ class Decisions:
         reason = reasons[0].code.value if reasons else "none"
         verdict = "refused" if plan.refused else plan.migratability.value
         self._world.observer.decided(plan.policy.value, verdict, reason)
+
+
+def placed_spec(entry: Entry) -> VmSpec:
+    """Its spec, with the guest slots that its devices are seen in."""
+    return placed(entry.spec, () if entry.facts is None else entry.facts.devices)
 
 
 def check_devices(spec: VmSpec) -> None:
@@ -321,6 +342,12 @@ def _violation(spec: VmSpec, reason: Reason) -> Violation:
 
 def _told(reason: Reason) -> dict[str, str | None]:
     return {"code": reason.code.value, "device": reason.device, "message": reason.message}
+
+
+def bare(spec: VmSpec) -> VmSpec:
+    """Without its devices: what is asked about it then is not answered with what is wrong with
+    them, which is told all at once."""
+    return replace(spec, devices=())
 
 
 def without(spec: VmSpec, id_: str) -> VmSpec:

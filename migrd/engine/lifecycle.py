@@ -12,7 +12,7 @@ from migrd.core.facts import VmSpec
 from migrd.core.standing import StandingDecision
 from migrd.engine import views
 from migrd.engine.boot import new_instance
-from migrd.engine.decisions import check_devices
+from migrd.engine.decisions import bare, check_devices
 from migrd.engine.device_start import DeviceStart
 from migrd.engine.hot_plug import HotPlug
 from migrd.engine.migrations import Migrations
@@ -44,7 +44,7 @@ class Lifecycle:
         """A new VM from a profile, or the profile of an adopted one."""
         check_devices(spec)
         if spec.profile is not None:
-            await in_thread(self._world.launcher.check, spec)
+            await in_thread(self._world.launcher.check, bare(spec))
         entry = self._vms.get(spec.name)
         if entry is None and spec.profile is None:
             raise Invalid(

@@ -12,11 +12,13 @@ from typing import Any, Final
 
 import structlog
 
-from migrd.core.facts import RunState
+from migrd.core.facts import RunState, VmSpec
 from migrd.core.handover import DestinationPhase, DestinationState
 from migrd.core.migration import MigrationState, Mode
 from migrd.core.phases import Instruction, Phase, Trigger
 from migrd.core.standing import StandingDecision
+from migrd.core.tracking import Plan
+from migrd.engine.decisions import placed_spec
 from migrd.engine.device_start import DeviceStart
 from migrd.engine.incoming import Incoming
 from migrd.engine.incoming_record import IncomingRecord
@@ -123,9 +125,24 @@ class Migrations:
         """Know a migration; its task is begun unless it has ended."""
         m = Outgoing(self.world, stored, state, vmm, peer, STEPS)
         m.on_ended = self._ended
-        m.decision = lambda: self._standing(stored.request.vm)
+        vm = stored.request.vm
+        m.decision = lambda: self._standing(vm)
+        m.plan_now = lambda: self._plan_now(vm)
+        m.spec_now = lambda: self._spec_now(stored)
         self.outgoing[m.id] = m
         return m
+
+    async def _plan_now(self, vm: str) -> Plan | None:
+        entry = self.vms.get(vm)
+        if entry is None or entry.decision is None:
+            return None
+        _, decision = await self.decisions.now_of(entry)
+        return decision.plan
+
+    def _spec_now(self, stored: StoredRequest) -> VmSpec:
+        entry = self.vms.get(stored.request.vm)
+        is_as_asked = entry is not None and entry.spec == stored.spec
+        return placed_spec(entry) if entry is not None and is_as_asked else stored.spec
 
     def _standing(self, vm: str) -> StandingDecision | None:
         entry = self.vms.get(vm)

@@ -5,7 +5,7 @@ Split from `outgoing`, whose owner task alone changes the state. Steps and views
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import structlog
@@ -63,6 +63,10 @@ class OutgoingRecord:
         self.cancel_wished = False
         self.decision: Callable[[], StandingDecision | None] = lambda: None
         """About the VM's passthrough devices, as it stands here."""
+        self.plan_now: Callable[[], Awaitable[Plan | None]] = self._plan_that_stands
+        """The same from the facts of now. Raises MigrdError."""
+        self.spec_now: Callable[[], VmSpec] = lambda: stored.spec
+        """With the guest slots that its devices are seen in."""
         self.may_have_run = True
         """The source may have executed since the copy at the destination was taken. False only
         while this process has watched it stand still without a gap."""
@@ -90,12 +94,15 @@ class OutgoingRecord:
 
     def spec_there(self) -> VmSpec:
         """The VM as the destination is to launch it: its devices at their addresses there."""
-        return with_addresses(self.stored.spec, self.stored.request.destination_devices)
+        return with_addresses(self.spec_now(), self.stored.request.destination_devices)
 
     def plan(self) -> Plan | None:
         """What was decided about its passthrough devices; None: it has none."""
         decision = self.decision()
         return None if decision is None else decision.plan
+
+    async def _plan_that_stands(self) -> Plan | None:
+        return self.plan()
 
     def least(self) -> Migratability | None:
         """The VM must not be less migratable there; None: someone agreed, or it has no devices."""

@@ -8,7 +8,7 @@ from migrd.core.facts import VmFacts, VmSpec
 from migrd.core.migration import MigrationEvent, Refusal, Request
 from migrd.core.phases import Trigger
 from migrd.core.preflight import DestinationFacts, Preflight, SourceFacts, check
-from migrd.core.standing import with_addresses
+from migrd.core.standing import placed_launch, with_addresses
 from migrd.core.tracking import Plan
 from migrd.core.vfio_launch import VfioLaunch
 from migrd.engine.outgoing import Outgoing
@@ -93,7 +93,7 @@ async def _digest(world: World, candidate: Candidate) -> str | None:
         return await in_thread(check, spec)
     planned = None if candidate.plan is None else candidate.plan.launch
     told = candidate.told or world.launcher.devices_of(candidate.vmm) or planned
-    return await in_thread(check, spec, told)
+    return await in_thread(check, spec, placed_launch(told, spec))
 
 
 async def _source(vmm: Vmm) -> VmFacts:
@@ -129,9 +129,10 @@ def _as_facts(profile: HostProfile) -> DestinationFacts:
 async def check_preflight(m: Outgoing) -> MigrationEvent:
     """Carry out CHECK_PREFLIGHT."""
     limit_s = m.world.options.preflight_deadline_s
-    candidate = Candidate(m.stored.spec, m.state.epoch - 1, m.vmm, m.plan())
     try:
         async with asyncio.timeout(limit_s):
+            plan = await m.plan_now()
+            candidate = Candidate(m.spec_now(), m.state.epoch - 1, m.vmm, plan)
             result, facts, _ = await judge(m.world, m.stored.request, candidate, m.peer)
     except TimeoutError:
         late = Refusal("preflight_timed_out", f"preflight was not over within {limit_s:.0f} s")

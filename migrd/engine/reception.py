@@ -14,7 +14,7 @@ from migrd.core.migration import Mode
 from migrd.core.standing import StandingDecision
 from migrd.core.tracking import Migratability
 from migrd.engine.boot import new_instance
-from migrd.engine.decisions import Decided
+from migrd.engine.decisions import Decided, bare
 from migrd.engine.incoming import Incoming
 from migrd.engine.memory import memory_available_bytes
 from migrd.engine.migrations import Migrations
@@ -60,7 +60,7 @@ class Reception:
         features: frozenset[str] = frozenset()
         try:
             if vm.profile is not None:  # else the source says so: there is nothing to look at
-                await in_thread(world.launcher.check, vm)
+                await in_thread(world.launcher.check, bare(vm))
                 version, found = await world.launcher.probe(vm)
                 features = frozenset(feature.value for feature in found)
                 decided = await self._decided(vm)
@@ -164,7 +164,7 @@ class Reception:
 
     async def _decide(self, vm: VmSpec, least: Migratability | None) -> StandingDecision | None:
         """As at a start, from what the kernel answers now. Raises Refused, Conflict."""
-        await in_thread(self._world.launcher.check, vm)
+        await in_thread(self._world.launcher.check, bare(vm))
         if not vm.devices:
             return None
         starts, decisions = self._migrations.starts, self._migrations.decisions

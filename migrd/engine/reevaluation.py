@@ -15,8 +15,8 @@ from typing import Final
 
 import structlog
 
-from migrd.core.hot_plug import compare, reconsider
-from migrd.core.standing import StandingDecision, sound, standing
+from migrd.core.hot_plug import compare
+from migrd.core.standing import StandingDecision
 from migrd.engine.decisions import Decisions
 from migrd.engine.vms import Entry, VmTable
 from migrd.engine.world import World
@@ -65,18 +65,11 @@ class Reevaluation:
         return is_whole
 
     async def _look_at(self, entry: Entry, before: StandingDecision) -> None:
-        after = await self._decided(entry, before)
-        if after is None or not compare(before.plan, after.plan).is_any:
+        decided, after = await self._decisions.now_of(entry)
+        is_stopped = entry.vmm is None or entry.vmm.is_dead
+        if is_stopped and decided.own:
+            return  # a device is missing, or somebody else's: its next start says so
+        if not compare(before.plan, after.plan).is_any:
             return
         await self._world.journal.put_vm(replace(entry.stored(), decision=after))
         self._decisions.put(entry, after)
-
-    async def _decided(self, entry: Entry, before: StandingDecision) -> StandingDecision | None:
-        """None: nothing can be said of it as it is."""
-        now = await self._decisions.circumstances(entry.spec, entry)
-        decided = await self._decisions.decide(entry.spec, now)
-        wall_s = self._world.clock.wall_s()
-        if now.attached:
-            plan = sound(reconsider(before.plan, decided.request))
-            return standing(decided.request, plan, wall_s, probed=before.probed)
-        return None if decided.own else decided.stands(wall_s)

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 
 from migrd.core.device_preflight import as_refusal
 from migrd.core.facts import VmFacts, VmSpec
-from migrd.core.hot_plug import reconsider
 from migrd.core.migration import Mode, Refusal
-from migrd.core.standing import StandingDecision, sound, standing
+from migrd.core.standing import StandingDecision
 from migrd.core.vfio_launch import VfioLaunch
-from migrd.engine.decisions import Decided, Decisions
+from migrd.engine.decisions import Decided, Decisions, placed_spec
 from migrd.engine.ports import HostProfile, Peer, Vmm
 from migrd.engine.prepare import Candidate, judge
 from migrd.engine.service import PlanView, WhatIf
@@ -84,20 +83,18 @@ class WhatIfs:
         self.decisions.check_policy(spec)
         if not spec.devices:
             return _Here(spec, None, (), None)
-        is_other = spec != entry.spec
+        limit_s = question.downtime_limit_s
+        if spec == entry.spec:
+            decided, decision = await self.decisions.now_of(entry, downtime_limit_s=limit_s)
+            is_running = entry.vmm is not None and not entry.vmm.is_dead
+            refusals = () if is_running else _refusals(decided)
+            return _Here(placed_spec(entry), decision, refusals, None)
+        had = {device.id for device in entry.spec.devices if device in spec.devices}
         now = await self.decisions.circumstances(spec, entry)
-        if is_other:
-            had = {device.id for device in entry.spec.devices if device in spec.devices}
-            now = replace(now, attached=now.attached & had, downgraded=frozenset())
-        now = replace(now, downtime_limit_s=question.downtime_limit_s)
+        attached = now.attached & had
+        now = replace(now, attached=attached, downtime_limit_s=limit_s, downgraded=frozenset())
         decided = await self.decisions.decide(spec, now)
-        stands = entry.decision
-        if is_other or stands is None or not now.attached:
-            told = decided.plan.launch if is_other else None
-            return _Here(spec, self._stands(decided), _refusals(decided), told)
-        plan = sound(reconsider(stands.plan, decided.request))
-        again = standing(decided.request, plan, stands.decided_wall_s, probed=stands.probed)
-        return _Here(spec, again, (), None)
+        return _Here(spec, self._stands(decided), _refusals(decided), decided.plan.launch)
 
     def _stands(self, decided: Decided) -> StandingDecision:
         return decided.stands(self.world.clock.wall_s())
