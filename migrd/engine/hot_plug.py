@@ -75,7 +75,8 @@ class HotPlug:
         plan = self._judge(entry, decided, request)
         told = _told_of(plan.launch, wanted.id)
         has = self.starts.world.launcher.devices_of(running) or VfioLaunch()
-        await self._plug_in(running, plan, decided, told)
+        if wanted.id not in _ids_of(entry) | {device.id for device in has.devices}:
+            await self._plug_in(running, plan, decided, told)
         await self._note(entry, running, spec, decided.request, plan, _with_device(has, told))
         log.info("plugged", vm=spec.name, device=wanted.id, address=wanted.address, by=by)
 
