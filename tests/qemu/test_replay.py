@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from migrd.core.facts import QemuStatus, RunState
+from migrd.qemu.passthrough import States, with_device_state
 from migrd.qemu.qmp import connect_qmp
 from migrd.qemu.samples import read_blocked_reasons, read_sample
 from migrd.qemu.wire import AnswerLost, CommandRefused, QmpEvent
@@ -77,6 +78,27 @@ def test_throttle_and_device_numbers_are_read() -> None:
     assert {30, 50, 70} <= {sample.throttle_percent for sample in throttled}
     with_device = [read_sample(a, {}, at_s=0.0) for a in all_answers("vfio-basic", "query-migrate")]
     assert max(sample.device_transferred_bytes or 0 for sample in with_device) > 1 << 20
+
+
+def test_a_device_that_was_reset_is_read_and_only_the_error_tells_it_from_a_cancel() -> None:
+    answers = all_answers("vfio-fail-stop-copy", "query-migrate")
+    names = {"VFIO_FD42": "hostdev0"}
+    samples = [read_sample(answer, {}, at_s=0.0, own_names=names) for answer in answers]
+    assert {s.reset_devices for s in samples if s.qemu_status is QemuStatus.FAILED} == {
+        ("hostdev0",)
+    }
+    assert not any(s.reset_devices for s in samples if s.qemu_status is not QemuStatus.FAILED)
+    states: States = ()
+    told = []
+    for line in recorded("vfio-fail-stop-copy"):
+        if line.message.get("event") == "VFIO_MIGRATION":
+            states = with_device_state(states, line.message["data"])
+            told.append(dict(states)["hostdev0"])
+    assert told == [
+        *("running-p2p", "running"),  # the guest was started
+        *("pre-copy", "pre-copy-p2p", "running"),  # reset
+        *("running-p2p", "running"),  # the guest runs on
+    ]
 
 
 def test_blocked_reasons_are_qemus_own_words() -> None:
