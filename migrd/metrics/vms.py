@@ -4,12 +4,15 @@ from collections.abc import Iterable
 from typing import Final
 
 from migrd.core.facts import REQUIRED_FEATURES
+from migrd.core.standing import StandingDecision
+from migrd.core.tracking import Migratability
 from migrd.engine.service import MigrationView, VmView
 from migrd.metrics.labels import OneOf
 from migrd.metrics.migrations import TRACKERS
 from migrd.metrics.render import Family, LabelValues, Rows
 
-VERDICTS: Final = ("yes", "no", "unknown")
+UNKNOWN: Final = "unknown"
+VERDICTS: Final = (*(one.value for one in Migratability), UNKNOWN)
 
 DIRTY_RATE = Family(
     "migrd_vm_dirty_bytes_per_second",
@@ -26,7 +29,7 @@ DIRTY_PAGES = Family(
 MIGRATABLE = Family(
     "migrd_vm_migratable",
     "gauge",
-    "Whether this VM can be migrated as it is: 1 on the verdict that holds.",
+    "How this VM can be migrated as it is: 1 on the verdict that holds.",
     ("vm", "verdict"),
 )
 
@@ -73,11 +76,21 @@ def vm_families(
 
 
 def verdict_of(vm: VmView) -> str:
-    """yes, no or unknown, from what QEMU itself said last; preflight says more, and why."""
-    if vm.facts is None:
-        return "unknown"
-    can = not vm.facts.blocked_reasons and vm.facts.features >= REQUIRED_FEATURES
-    return "yes" if can and vm.spec.profile is not None else "no"
+    """The decision about its devices, unless QEMU itself says no; preflight says more, and why."""
+    facts, decision = vm.facts, vm.decision
+    if facts is not None:
+        is_blocked = facts.blocked_reasons or not facts.features >= REQUIRED_FEATURES
+        if vm.spec.profile is None or (is_blocked and _is_possible(decision)):
+            return Migratability.BLOCKED.value
+    if decision is not None:
+        return decision.plan.migratability.value
+    if facts is None or facts.passthrough_devices:  # nothing was decided about these
+        return UNKNOWN
+    return Migratability.LIVE.value
+
+
+def _is_possible(decision: StandingDecision | None) -> bool:
+    return decision is None or decision.plan.migratability.is_possible
 
 
 def tracked_vms(vms: Iterable[VmView], migrations: Iterable[MigrationView]) -> frozenset[str]:

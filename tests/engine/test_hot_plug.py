@@ -6,6 +6,7 @@ import pytest
 
 from migrd.core.devices import Capability, DeviceMigration, Unknown
 from migrd.core.tracking import Migratability, TrackingPolicy
+from migrd.engine import hot_plug
 from migrd.engine.service import PlugRequest
 from migrd.errors import Conflict, JournalError, NotFound, Refused, Unavailable, VmmRefused
 from tests.engine.passthrough import (
@@ -160,8 +161,9 @@ async def test_a_qemu_that_does_not_take_it_leaves_nothing_open() -> None:
     [(False, Conflict, "unplug_refused_by_guest"), (None, Unavailable, "unplug_pending")],
 )
 async def test_a_guest_that_keeps_its_device_is_told_of(
-    lets_go: bool | None, error: type[Exception], code: str
+    lets_go: bool | None, error: type[Exception], code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hot_plug, "UNPLUG_S", 0.2)
     async with hosts(hardware(nic(NIC), nic(NIC2))) as pair:
         await start(pair, NIC, NIC2)
         make = pair.hosts["alpha"].make

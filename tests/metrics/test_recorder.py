@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,7 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 import migrd
 from migrd.core.facts import Round
 from migrd.core.phases import Phase
-from migrd.engine.service import Role
+from migrd.core.standing import StandingDecision
+from migrd.core.tracking import Migratability, Plan, TrackingPolicy
+from migrd.engine.service import Role, VmView
 from migrd.engine.world import Observer
 from migrd.metrics import Exposition, Metrics
 from migrd.metrics.daemon import QMP_COMMANDS
@@ -132,8 +135,8 @@ async def test_each_report_shows_with_its_labels_and_value() -> None:
     tracked = (("tracker", "qemu"), ("vm", "web"))
     assert seen["migrd_vm_dirty_pages_total"][tracked] == 200
     assert seen["migrd_vm_dirty_bytes_per_second"][tracked] == 8192
-    assert seen["migrd_vm_migratable"][(("verdict", "yes"), ("vm", "web"))] == 1
-    assert seen["migrd_vm_migratable"][(("verdict", "no"), ("vm", "web"))] == 0
+    assert seen["migrd_vm_migratable"][(("verdict", "live"), ("vm", "web"))] == 1
+    assert seen["migrd_vm_migratable"][(("verdict", "blocked"), ("vm", "web"))] == 0
     assert seen["migrd_peer_up"][(("peer", "b"),)] == 1
     assert seen["migrd_ownership_violations_total"][()] == 1
     assert seen["migrd_build_info"][(("version", migrd.__version__),)] == 1
@@ -174,7 +177,7 @@ async def test_what_is_not_known_has_no_series_rather_than_a_zero() -> None:
     assert "migrd_vm_dirty_bytes_per_second" not in seen
 
 
-async def test_whether_a_vm_can_be_migrated_is_yes_no_or_unknown() -> None:
+async def test_how_a_vm_can_be_migrated_is_one_of_the_verdicts_or_unknown() -> None:
     blocked = vm_facts("blocked", blocked_reasons=("a device says no",))
     old = vm_facts("old", features=frozenset())
     host = Host(
@@ -184,13 +187,37 @@ async def test_whether_a_vm_can_be_migrated_is_yes_no_or_unknown() -> None:
             vm_view("old", old),
             vm_view("adopted", vm_facts("adopted"), profile=None),
             vm_view("fit", vm_facts("fit")),
+            vm_view("undecided", vm_facts("undecided", passthrough_devices=("hostdev0",))),
+            decided("copied", Migratability.STOP_AND_COPY),
+            decided("stuck", Migratability.NEEDS_UNPLUG, blocked_reasons=("vfio says no",)),
+            decided("surprising", Migratability.LIVE, blocked_reasons=("vfio says no",)),
         ]
     )
     seen = (await exposed(Metrics(), host))["migrd_vm_migratable"]
     verdicts = {dict(k)["vm"]: dict(k)["verdict"] for k, v in seen.items() if v == 1}
     assert verdicts == {
-        "unseen": "unknown", "blocked": "no", "old": "no", "adopted": "no", "fit": "yes",
+        "unseen": "unknown", "blocked": "blocked", "old": "blocked", "adopted": "blocked",
+        "fit": "live", "undecided": "unknown", "copied": "stop_and_copy",
+        "stuck": "needs_unplug", "surprising": "blocked",
     }  # fmt: skip
+
+
+def decided(vm: str, migratability: Migratability, **facts: object) -> VmView:
+    plan = Plan(TrackingPolicy.AUTO, migratability, migratability, ())
+    known = vm_facts(vm, passthrough_devices=("hostdev0",), **facts)
+    return replace(vm_view(vm, known), decision=StandingDecision(plan, (), 1000.0))
+
+
+async def test_decisions_are_counted_by_words_from_closed_sets() -> None:
+    metrics = Metrics()
+    metrics.decided("auto", "live", "none")
+    metrics.decided("require", "refused", "policy_not_met")
+    for n in range(1000):
+        metrics.decided(f"policy-{n}", f"decision-{n}", f"reason-{n}")
+    seen = (await exposed(metrics, Host()))["migrd_tracking_decisions_total"]
+    assert len(seen) == 3
+    live = (("decision", "live"), ("policy", "auto"), ("reason", "none"))
+    assert seen[live] == 1
 
 
 async def test_words_from_outside_cannot_add_series_without_bound() -> None:
