@@ -12,15 +12,16 @@ When the VM may have fewer objects than that (`max_iommufds`, H15), untracked de
 others and QEMU is left to block them, which is safe; what would corrupt silently (H2) is refused.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from migrd.core.devices import Answer
 from migrd.core.partition_rules import Kind, captures, loses_all_dirty, loses_dirt, memory_of
-from migrd.core.tracking_facts import Traits
+from migrd.core.tracking_facts import Traits, group_of
 from migrd.core.tracking_request import StandingObject, TrackingRequest
 
 YES, NO, UNKNOWN = Answer.YES, Answer.NO, Answer.UNKNOWN
+_FEWEST_LOGS_FIRST = {NO: 0, UNKNOWN: 1, YES: 2}
 
 
 @dataclass
@@ -30,17 +31,16 @@ class _Container:
     id: str
     standing: tuple[str, ...] = ()
     remembered: set[Kind] = field(default_factory=set)
-    members: list[Traits] = field(default_factory=list)
+    members: dict[str, Kind] = field(default_factory=dict)
     kinds: set[Kind] = field(default_factory=set)
 
-    def add(self, unit: Iterable[Traits]) -> None:
-        for one in unit:
-            self.members.append(one)
-            self.kinds.add(Kind.of(one))
+    def add(self, unit: Mapping[str, Kind]) -> None:
+        self.members.update(unit)
+        self.kinds.update(unit.values())
 
-    def takes(self, unit: Sequence[Traits], *, apart: bool) -> bool:
+    def takes(self, unit: Mapping[str, Kind], *, apart: bool) -> bool:
         """`apart`: keep what nothing watches away from page tables with tracking."""
-        new = {Kind.of(one) for one in unit}
+        new = set(unit.values()) - self.kinds  # what is there already gets on with its like
         if any(
             loses_dirt(one, other) or captures(other, one) or captures(one, other)
             for one in new
@@ -54,18 +54,20 @@ class _Container:
     def is_safe(self) -> bool:
         return not any(loses_dirt(one, other) for one in self.kinds for other in self.kinds)
 
-    def may_copy_all(self, one: Traits) -> bool:
-        kind = Kind.of(one)
-        return not any(loses_all_dirty(kind, other) for other in self.kinds | self.remembered)
+    def may_copy_all(self) -> Iterator[str]:
+        there = self.kinds | self.remembered
+        fit = {one for one in self.kinds if not any(loses_all_dirty(one, two) for two in there)}
+        return (id_ for id_, kind in self.members.items() if kind in fit)
 
     def finished(self) -> StandingObject:
-        attached = {one.id for one in self.members if one.vm_device.attached}
-        new = [one for one in self.members if not one.vm_device.attached]
-        new.sort(key=lambda one: (Kind.of(one).order, one.id))
+        new = [(kind.order, id_) for id_, kind in self.members.items() if not kind.is_attached]
         seen = self.kinds | self.remembered
         return StandingObject(
             self.id,
-            (*(id_ for id_ in self.standing if id_ in attached), *(one.id for one in new)),
+            (
+                *(id_ for id_ in self.standing if id_ in self.members),
+                *(id_ for _, id_ in sorted(new)),
+            ),
             any(kind.cap is YES for kind in seen),
             frozenset(kind.instance for kind in seen if kind.instance is not None),
         )
@@ -100,7 +102,7 @@ def partition(traits: Mapping[str, Traits], request: TrackingRequest) -> Partiti
     return Partition(
         tuple(one.finished() for one in containers),
         True,
-        frozenset(one.id for each in containers for one in each.members if each.may_copy_all(one)),
+        frozenset(id_ for each in containers for id_ in each.may_copy_all()),
     )
 
 
@@ -108,24 +110,16 @@ def _fill(
     traits: Mapping[str, Traits], standing: Sequence[StandingObject], *, apart: bool
 ) -> list[_Container] | None:
     """First fit; None when devices that must stay together have no place together."""
-    attached = {one.id: one for one in traits.values() if one.vm_device.attached}
-    known = {one.instance: NO for one in traits.values() if one.cap is NO}
-    known |= {one.instance: YES for one in traits.values() if one.cap is YES}
-    containers: list[_Container] = []
-    home: set[str] = set()
-    for old in standing:
-        each = _Container(old.id, old.devices)
-        each.add(attached[id_] for id_ in old.devices if id_ in attached)
-        if each.members:  # else QEMU has let go of the container with its last device
-            each.remembered = memory_of(old, known)
-        home.update(one.id for one in each.members)
-        containers.append(each)
-    for unit in _units(one for one in traits.values() if one.id not in home):
-        group = unit[0].vm_device.device.iommu_group if unit[0].is_behind_iommu else None
-        places = [each for each in containers if group is not None and _holds(each, group)]
-        candidates = places or containers
+    kinds = {id_: Kind.of(one) for id_, one in traits.items()}
+    containers = list(_running(traits, kinds, standing))
+    home = {id_: each for each in containers for id_ in each.members}
+    groups = {group_of(traits[id_]): each for id_, each in home.items()}
+    for unit in _units(traits, kinds, home):
+        group = group_of(traits[next(iter(unit))])
+        mates = groups.get(group) if group is not None else None
+        candidates = [mates] if mates is not None else containers
         place = next((each for each in candidates if each.takes(unit, apart=apart)), None)
-        if place is None and places:
+        if place is None and mates is not None:
             return None
         if place is None:
             place = _Container(_free_id(containers))
@@ -134,24 +128,37 @@ def _fill(
     return [each for each in containers if each.members]
 
 
-def _holds(container: _Container, group: int) -> bool:
-    return any(
-        one.is_behind_iommu and one.vm_device.device.iommu_group == group
-        for one in container.members
-    )
+def _running(
+    traits: Mapping[str, Traits], kinds: Mapping[str, Kind], standing: Sequence[StandingObject]
+) -> Iterator[_Container]:
+    """The containers of the running QEMU, with the devices that are still there."""
+    known = {one.instance: NO for one in traits.values() if one.cap is NO}
+    known |= {one.instance: YES for one in traits.values() if one.cap is YES}
+    for old in standing:
+        each = _Container(old.id, old.devices)
+        each.add(
+            {id_: kinds[id_] for id_ in old.devices if id_ in kinds and kinds[id_].is_attached}
+        )
+        if each.members:  # else QEMU has let go of the container with its last device
+            each.remembered = memory_of(old, known)
+        yield each
 
 
-def _units(traits: Iterable[Traits]) -> list[list[Traits]]:
+def _units(
+    traits: Mapping[str, Traits], kinds: Mapping[str, Kind], home: Container[str]
+) -> list[dict[str, Kind]]:
     """Devices of one group together, in the order that needs the fewest containers."""
-    units: dict[object, list[Traits]] = {}
-    for one in traits:
-        group = one.vm_device.device.iommu_group if one.is_behind_iommu else None
-        units.setdefault(one.id if group is None else group, []).append(one)
-    return sorted(units.values(), key=lambda unit: min(_fit_order(one) for one in unit))
+    units: dict[object, dict[str, Kind]] = {}
+    for id_, one in traits.items():
+        if id_ not in home:
+            group = group_of(one)
+            units.setdefault(id_ if group is None else group, {})[id_] = kinds[id_]
+    return sorted(units.values(), key=lambda unit: min(map(_fit_order, unit.items())))
 
 
-def _fit_order(one: Traits) -> tuple[int, int, str]:
-    return Kind.of(one).order, (NO, UNKNOWN, YES).index(one.log), one.id
+def _fit_order(member: tuple[str, Kind]) -> tuple[int, int, str]:
+    id_, kind = member
+    return kind.order, _FEWEST_LOGS_FIRST[kind.log], id_
 
 
 def _free_id(containers: Sequence[_Container]) -> str:

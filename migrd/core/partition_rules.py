@@ -26,6 +26,7 @@ from migrd.core.tracking_facts import Traits
 from migrd.core.tracking_request import StandingObject
 
 YES, NO, UNKNOWN = Answer.YES, Answer.NO, Answer.UNKNOWN
+_CAPABLE_FIRST = {YES: 0, UNKNOWN: 1, NO: 2}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Kind:
     @property
     def order(self) -> int:
         """Capable first, so that no plain page table is there to capture them (H1)."""
-        return 3 if not self.is_behind_iommu else (YES, UNKNOWN, NO).index(self.cap)
+        return _CAPABLE_FIRST[self.cap] if self.is_behind_iommu else len(_CAPABLE_FIRST)
 
 
 def memory_of(seen: StandingObject, known: Mapping[str, Answer]) -> set[Kind]:

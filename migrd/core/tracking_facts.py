@@ -145,12 +145,13 @@ def _traits(one: VmDevice, request: TrackingRequest, *, legacy: bool) -> Traits:
     )
 
 
-def _group(one: Traits) -> int | None:
+def group_of(one: Traits) -> int | None:
+    """Devices of one IOMMU group: None is nobody's."""
     return one.vm_device.device.iommu_group if one.is_behind_iommu else None
 
 
 def _in_group(one: Traits, shared: Mapping[int | None, Answer]) -> Traits:
-    cap = shared.get(_group(one), one.cap)
+    cap = shared.get(group_of(one), one.cap)
     return one if cap is one.cap else replace(one, cap=cap)
 
 
@@ -158,7 +159,7 @@ def _shared_answers(traits: Iterable[Traits]) -> Mapping[int | None, Answer]:
     """By group: what its one page table can."""
     shared: dict[int | None, Answer] = {}
     for one in traits:
-        group = _group(one)
+        group = group_of(one)
         if group is not None:
             shared[group] = worse(shared.get(group, YES), one.cap)
     return shared
