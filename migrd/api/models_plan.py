@@ -202,14 +202,15 @@ class Launch(WireModel):
     """What QEMU is told."""
 
     arguments: tuple[str, ...]
-    """Exactly; `fd=<iommufd0>` and `fd=<hostdev0>` stand for descriptors that are opened first."""
+    """Exactly; `fd=<iommufd0>` and `fd=<hostdev0>` stand for descriptors that are opened first.
+    Empty: of another host."""
     devices: tuple[LaunchDevice, ...]
     """In attach order."""
 
     @classmethod
-    def of(cls, launch: VfioLaunch) -> Self:
+    def of(cls, launch: VfioLaunch, *, is_ours: bool = True) -> Self:
         return cls(
-            arguments=tuple(launch_arguments(launch)),
+            arguments=tuple(launch_arguments(launch)) if is_ours else (),
             devices=tuple(
                 LaunchDevice(
                     id=device.id,
@@ -283,7 +284,7 @@ class TrackingDecision(WireModel):
     """The partition: who may share a page table."""
     ladders: tuple[DeviceLadder, ...]
     launch: Launch | None
-    """null: refused, or of another host."""
+    """null: refused."""
     downtime_floor_ms: float
     """No switchover of this VM is shorter; a lower limit is refused."""
     expected_blackout_ms: float | None
@@ -313,7 +314,7 @@ class TrackingDecision(WireModel):
         """Another host's: what it said of it."""
         return cls(
             **_plan(plan),  # type: ignore[arg-type]  # checked by the model itself
-            launch=None,
+            launch=None if plan.launch is None else Launch.of(plan.launch, is_ours=False),
             downgraded=(),
             evidence=(),
             probed=False,

@@ -5,6 +5,7 @@ watches its DMA and what stands in the way, then cures, then figures.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+import click
 from rich.text import Text
 
 from migrd.cli.printing import Cell, Column, Printer
@@ -24,7 +25,7 @@ _COLUMNS: Final = (
     Column("iommu", drop=1),
     Column("tracked by"),
     Column("verdict"),
-    Column("reason", wraps=True, enough=24),
+    Column("reason", wraps=True, enough=20),
 )
 
 
@@ -57,17 +58,18 @@ def _in_the_way(decision: Seen) -> str:
     return ", ".join(named)
 
 
-def print_decision(printer: Printer, decision: Seen) -> None:
-    """All of it but the headline."""
+def print_decision(printer: Printer, decision: Seen, in_the_way: Sequence[Seen] = ()) -> None:
+    """All of it but the headline. `in_the_way`: all refusals, where there are others besides."""
     rows = _rows(decision)
     if rows:
         printer.table(_COLUMNS, rows, "")
     refused = decision.parts("refused")
     said = {_key(reason) for reason in refused}
+    refused = [*in_the_way] or refused
     reasons = [one for one in decision.parts("reasons") if _key(one) not in said]
     print_reasons(printer, refused, "Why not")
     print_reasons(printer, (one for one in reasons if one.raw("lowers_to")), "Why")
-    print_reasons(printer, (one for one in reasons if not one.raw("lowers_to")), "Worth knowing")
+    _print_notes(printer, [one for one in reasons if not one.raw("lowers_to")])
     printer.line()
     printer.facts(_figures(decision))
 
@@ -120,10 +122,22 @@ def print_reasons(printer: Printer, reasons: Iterable[Seen], title: str) -> None
         style = STYLE.get(reason.raw("lowers_to") or "", "")
         message, device = reason.text("message"), reason.text("device", "")
         place = "" if not device or device in message else f"{device}: "
-        line = Text.assemble("  - ", (f"{place}{message}", style))
-        printer.line(line.append(f" [{reason.text('code')}]", "dim"))
+        printer.item("  - ", Text(f"{place}{message}", style).append(_code(reason), "dim"))
         if cure := reason.text("cure", ""):
-            printer.line(f"    try: {cure}")
+            printer.item("    try: ", cure)
+
+
+def _code(reason: Seen) -> str:
+    return f" [{reason.text('code')}]"
+
+
+def _print_notes(printer: Printer, notes: Sequence[Seen]) -> None:
+    """Nothing has to be done about them."""
+    if not notes:
+        return
+    printer.heading("Worth knowing")
+    for note in notes:
+        printer.item("  - ", Text(note.text("message")).append(_code(note), "dim"))
 
 
 def _figures(decision: Seen) -> list[tuple[str, Cell]]:
@@ -177,4 +191,4 @@ def print_launch(printer: Printer, decision: Seen) -> None:
         return
     printer.heading("QEMU is told")
     for at in range(0, len(arguments), 2):
-        printer.line(f"  {' '.join(arguments[at : at + 2])}")
+        click.echo(f"  {' '.join(arguments[at : at + 2])}")  # to be copied: never wrapped

@@ -105,6 +105,17 @@ class Printer:
             grid.add_row(name, as_text(value))
         self.out.print(grid)
 
+    def item(self, mark: str, text: Cell) -> None:
+        """An item of a list; a long one wraps under itself."""
+        if not self.out.is_terminal:
+            click.echo(f"{mark}{text}")
+            return
+        grid = Table.grid()
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row(as_text(mark), as_text(text))
+        self.out.print(grid)
+
     def heading(self, text: str) -> None:
         """Sets a following part apart."""
         self.line()

@@ -334,7 +334,8 @@ def _violation(spec: VmSpec, reason: Reason) -> Violation:
         field, place = "tracking_policy", ""
     else:
         field, place = "devices", ""
-    message = reason.message if reason.message.startswith(place) else f"{place}{reason.message}"
+    is_named = at is not None and spec.devices[at].address in reason.message
+    message = reason.message if is_named else f"{place}{reason.message}"
     return Violation(
         field, reason.code.value, f"{message}; {reason.cure}" if reason.cure else message
     )

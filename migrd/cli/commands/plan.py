@@ -90,10 +90,9 @@ def _print_plan(session: Session, seen: Seen, possible: bool) -> None:
         if is_move:
             printer.heading("Its passthrough devices, on this host")
         printer.line(headline(vm, decision))
-        print_decision(printer, decision)
+        print_decision(printer, decision, [] if is_move else seen.parts("refusals"))
     elif not is_move:
         printer.line(f"{vm} has no passthrough devices: no dirty tracking is needed for it")
-    if not is_move and not decision.parts("refused"):
         story.refusals(printer, seen.parts("refusals"), "it could not be started, because")
     there = seen.part("decision_there")
     if there:
