@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 
 from migrd.core.devices import Device, Inventory, IommuInstance
-from migrd.core.facts import SpecDevice, VmSpec
+from migrd.core.facts import SpecDevice, VmFacts, VmSpec
 from migrd.core.hot_plug import compare, reconsider
 from migrd.core.standing import (
     DeviceEvidence,
@@ -26,7 +26,14 @@ from migrd.core.standing import (
     sound,
     standing,
 )
-from migrd.core.tracking import Plan, Reason, TrackingRequest, VmDevice, decide
+from migrd.core.tracking import (
+    Plan,
+    Reason,
+    StandingObject,
+    TrackingRequest,
+    VmDevice,
+    decide,
+)
 from migrd.engine.threads import in_thread
 from migrd.engine.vms import Entry, VmTable
 from migrd.engine.world import World
@@ -50,6 +57,8 @@ class Circumstances:
     downtime_limit_s: float | None = None
     switchover_bytes_per_s: float | None = None
     downgraded: frozenset[str] = frozenset()
+    standing: tuple[StandingObject, ...] = ()
+    """The iommufd objects of a running QEMU that nothing was decided for."""
     remembered: Mapping[str, DeviceEvidence] = field(default_factory=dict)
     """QEMU id -> what the kernel answered before the running VM had the device: it answers nobody
     else now."""
@@ -143,6 +152,7 @@ class Decisions:
             memory_bytes=memory,
             switchover_bytes_per_s=self.bandwidth_bytes_per_s(),
             downgraded=frozenset(() if stands is None else stands.downgraded),
+            standing=_objects_seen(facts) if attached and stands is None else (),
             remembered={} if stands is None else {one.id: one for one in stands.evidence},
         )
 
@@ -176,6 +186,7 @@ class Decisions:
             memory_bytes=now.memory_bytes,
             switchover_bytes_per_s=now.switchover_bytes_per_s,
             downgraded=now.downgraded,
+            standing=now.standing,
         )
         return request, violations
 
@@ -263,6 +274,16 @@ class Decisions:
         self._world.observer.decided(plan.policy.value, verdict, reason)
 
 
+def _objects_seen(facts: VmFacts | None) -> tuple[StandingObject, ...]:
+    """As others have launched it. Whether a device tracked by its IOMMU has ever been in one of
+    them is not known: it is taken for granted, which promises less."""
+    objects: dict[str, tuple[str, ...]] = {}
+    for device in () if facts is None else facts.devices:
+        if device.iommufd is not None:
+            objects[device.iommufd] = (*objects.get(device.iommufd, ()), device.id)
+    return tuple(StandingObject(id_, ids, True) for id_, ids in objects.items())
+
+
 def placed_spec(entry: Entry) -> VmSpec:
     """Its spec, with the guest slots that its devices are seen in."""
     return placed(entry.spec, () if entry.facts is None else entry.facts.devices)
@@ -295,15 +316,15 @@ def _held_by(entry: Entry) -> Iterable[str]:
 
 
 def _vm_device(wanted: SpecDevice, device: Device, now: Circumstances) -> VmDevice:
-    evidence, attached = now.remembered.get(wanted.id), now.attached
-    if wanted.id in attached and evidence is not None:
+    evidence = now.remembered.get(wanted.id)
+    if evidence is not None:
         device = remembering(device, evidence)
     return VmDevice(
         id=wanted.id,
         device=sound(device),
         guest_bus=wanted.guest_bus,
         guest_address=wanted.guest_address,
-        attached=wanted.id in attached,
+        attached=wanted.id in now.attached,
     )
 
 

@@ -89,10 +89,9 @@ class WhatIfs:
             is_running = entry.vmm is not None and not entry.vmm.is_dead
             refusals = () if is_running else _refusals(decided)
             return _Here(placed_spec(entry), decision, refusals, None)
-        had = {device.id for device in entry.spec.devices if device in spec.devices}
         now = await self.decisions.circumstances(spec, entry)
-        attached = now.attached & had
-        now = replace(now, attached=attached, downtime_limit_s=limit_s, downgraded=frozenset())
+        fresh: frozenset[str] = frozenset()  # as a start would find them
+        now = replace(now, attached=fresh, downgraded=fresh, downtime_limit_s=limit_s)
         decided = await self.decisions.decide(spec, now)
         return _Here(spec, self._stands(decided), _refusals(decided), decided.plan.launch)
 

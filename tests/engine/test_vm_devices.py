@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from migrd.core.devices import Capability, DeviceMigration, Unknown
+from migrd.core.facts import SpecDevice, VmSpec
 from migrd.core.tracking import Migratability, ReasonCode, Tracker, TrackingPolicy
+from migrd.core.vfio_launch import GivenBy, VfioLaunchDevice
 from migrd.errors import Conflict, Invalid, Refused, Unavailable, VmmDied
 from tests.engine.passthrough import (
     DISK,
@@ -279,6 +281,22 @@ async def test_a_change_of_the_hardware_is_judged_again_and_told() -> None:
         assert plan_of(pair).migratability is Migratability.LIVE, "it may rise again"
         (stored,) = (await pair.alpha.journal.replay()).vms
         assert stored.decision == pair.alpha.service.vm(VM).decision
+
+
+async def test_the_devices_of_an_adopted_vm_are_decided_about_when_they_are_named() -> None:
+    async with hosts(hardware(nic())) as pair:
+        host = pair.hosts["alpha"]
+        qemu = host.boot("guest9", profile=None)
+        host.adopted.add(qemu.instance)
+        told_ = VfioLaunchDevice("net0", NIC, "iommufd7", GivenBy.SYSFSDEV)
+        qemu.devices["net0"], qemu.iommufds = told_, ["iommufd7"]
+        await until(lambda: pair.alpha.service.vms()[1] != [], within_s=10.0)
+        await until(lambda: pair.alpha.service.vm("guest9").facts is not None, within_s=10.0)
+        spec = VmSpec("guest9", "tiny", devices=(SpecDevice("net0", NIC),))
+        view, _ = await pair.alpha.service.define_vm(spec, dry_run=False)
+        assert view.decision is not None
+        assert view.decision.plan.trackers == {"net0": Tracker.IOMMU}
+        assert [one.id for one in view.decision.plan.iommufds] == ["iommufd7"]
 
 
 # Holding and letting go -------------------------------------------------------------------------
