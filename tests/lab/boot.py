@@ -129,13 +129,13 @@ def run_command(
     """Boot `tier` and run the shell command `command` in it. Raises SetUpError."""
     if os.geteuid() != 0:
         raise SetUpError("the lab's guests read the whole file system, so run them as root")
-    qemu, kernel = qemu_binaries()["10"], kernel_image()
+    qemus, kernel = qemu_binaries(), kernel_image()
     with tempfile.TemporaryDirectory(prefix="migrd-lab-") as name:
         share = Path(name)
         (share / "writable").write_text("".join(f"{path}\n" for path in _writable()))
         (share / "python").symlink_to(sys.executable)
-        (share / "command").write_text(_environment(tier, qemu) + command + "\n")
-        return _boot(_qemu_command(TIERS[tier], qemu, kernel, share), share, limit_s, live)
+        (share / "command").write_text(_environment(tier, qemus) + command + "\n")
+        return _boot(_qemu_command(TIERS[tier], qemus["10"], kernel, share), share, limit_s, live)
 
 
 def _boot(qemu: Sequence[str], share: Path, limit_s: float, live: bool) -> Outcome:
@@ -191,7 +191,7 @@ def _qemu_command(tier: Tier, qemu: Path, kernel: Path, share: Path) -> list[str
     ]
 
 
-def _environment(tier: str, qemu: Path) -> str:
+def _environment(tier: str, qemus: Mapping[str, Path]) -> str:
     """What the command is run with: this process' surroundings, and what the tests look for."""
     path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     values = {
@@ -199,7 +199,9 @@ def _environment(tier: str, qemu: Path) -> str:
         "HOME": os.path.expanduser("~"),
         "LANG": "C.UTF-8",
         TIER_VARIABLE: tier,
-        "MIGRD_TEST_QEMU_10": str(qemu),
+        # Named, so that nobody in the guest has to look for them.
+        "MIGRD_TEST_QEMU_7": str(qemus["7.2"]),
+        "MIGRD_TEST_QEMU_10": str(qemus["10"]),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         # pytest-timeout is not asked for the limits that the run outside was given

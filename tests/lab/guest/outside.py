@@ -16,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
@@ -72,10 +73,14 @@ class Results:
 class GuestTest(pytest.Item):
     """A test that runs in a guest; here it takes its result."""
 
-    def __init__(self, *, tier: str | None, guest_id: str, **kwargs: Any) -> None:
+    def __init__(self, *, tier: str | None, original: pytest.Item, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tier = tier
-        self.guest_id = guest_id
+        self.guest_id = original.nodeid
+        self._where = original.reportinfo()
+
+    def reportinfo(self) -> tuple[os.PathLike[str] | str, int | None, str]:
+        return self._where
 
     def runtest(self) -> None:
         if self.tier is None:
@@ -122,9 +127,7 @@ def _stand_in(item: pytest.Item) -> GuestTest:
     assert item.parent is not None
     directory = item.path.relative_to(GUEST).parts[0]
     tier = directory if directory in TIERS else None
-    guest: GuestTest = GuestTest.from_parent(
-        item.parent, name=item.name, tier=tier, guest_id=item.nodeid
-    )
+    guest: GuestTest = GuestTest.from_parent(item.parent, name=item.name, tier=tier, original=item)
     guest.own_markers = [mark for mark in item.own_markers if mark.name != "timeout"]
     for mark in BOOTS_A_GUEST:
         guest.add_marker(mark)
