@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from errno import errorcode
-from typing import Annotated, Final, Self
+from typing import Annotated, Any, Final, Self
 
 from pydantic import ConfigDict, Field
 
@@ -301,7 +301,7 @@ class TrackingDecision(WireModel):
     @classmethod
     def of(cls, known: standing.StandingDecision) -> Self:
         return cls(
-            **_plan(known.plan),  # type: ignore[arg-type]  # checked by the model itself
+            **_plan(known.plan),
             launch=None if known.plan.launch is None else Launch.of(known.plan.launch),
             downgraded=tuple(known.downgraded),
             evidence=tuple(DeviceEvidence.of(one) for one in known.evidence),
@@ -313,7 +313,7 @@ class TrackingDecision(WireModel):
     def of_plan(cls, plan: tracking.Plan) -> Self:
         """Another host's: what it said of it."""
         return cls(
-            **_plan(plan),  # type: ignore[arg-type]  # checked by the model itself
+            **_plan(plan),
             launch=None if plan.launch is None else Launch.of(plan.launch, is_ours=False),
             downgraded=(),
             evidence=(),
@@ -326,7 +326,7 @@ def decision_or_none(known: standing.StandingDecision | None) -> TrackingDecisio
     return None if known is None else TrackingDecision.of(known)
 
 
-def _plan(plan: tracking.Plan) -> dict[str, object]:
+def _plan(plan: tracking.Plan) -> dict[str, Any]:
     return {
         "policy": plan.policy,
         "migratability": plan.migratability,

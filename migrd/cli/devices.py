@@ -76,21 +76,6 @@ def asked_for(devices: Sequence[Given], tracking: str | None) -> dict[str, Json]
     return body
 
 
-def move_options(command: Command) -> Command:
-    """`--device-there` and `--accept-less-migratable`."""
-    return _there(_accept(command))
-
-
-def move_body(devices_there: Sequence[tuple[str, str]], accept: bool) -> dict[str, Json]:
-    """What was said, in the API's words."""
-    body: dict[str, Json] = {}
-    if devices_there:
-        body["destination_devices"] = dict(devices_there)
-    if accept:
-        body["accept_less_migratable"] = True
-    return body
-
-
 _device: Final = click.option(
     "--device",
     "devices",
@@ -103,17 +88,4 @@ _tracking: Final = click.option(
     "--tracking",
     type=click.Choice([policy.value for policy in TrackingPolicy]),
     help="When to ask for dirty tracking; else this host's default.",
-)
-_there: Final = click.option(
-    "--device-there",
-    "devices_there",
-    type=there,
-    metavar="ID=ADDRESS",
-    multiple=True,
-    help="The device at the destination that takes the place of this one; else the same address.",
-)
-_accept: Final = click.option(
-    "--accept-less-migratable",
-    is_flag=True,
-    help="Go even if the VM is less migratable there, or cannot come back.",
 )

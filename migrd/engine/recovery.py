@@ -21,8 +21,8 @@ from migrd.engine.absent import AbsentVmm
 from migrd.engine.absent_peer import AbsentPeer
 from migrd.engine.boot import is_of_earlier_boot
 from migrd.engine.migrations import Migrations
+from migrd.engine.observations import as_decision, as_round
 from migrd.engine.ports import Replay, StoredVm, Vmm
-from migrd.engine.registry import as_decision, as_round
 from migrd.engine.vms import Entry
 from migrd.errors import JournalError, MigrdError
 

@@ -9,13 +9,13 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import structlog
 
 from migrd.core.admission import Admission, admit_cancel, admit_policy, admit_switchover
-from migrd.core.convergence import Decision, Estimate, Verdict
+from migrd.core.convergence import Decision
 from migrd.core.facts import Round, SpecDevice, VmSpec
 from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Cause, Policy, Refusal, Request, begin
@@ -25,6 +25,7 @@ from migrd.engine.host import HostFacts
 from migrd.engine.incoming import Incoming
 from migrd.engine.lifecycle import Lifecycle
 from migrd.engine.migrations import QUEUE_LIMIT, Migrations
+from migrd.engine.observations import as_decision, as_round
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import Peer, StoredRequest, Vmm
 from migrd.engine.service import (
@@ -386,24 +387,4 @@ def _check_ids(request: Request, devices: tuple[SpecDevice, ...]) -> None:
             Violation(f"destination_devices.{id_}", "unknown_device", f"the VM has: {has}")
             for id_ in odd
         ],
-    )
-
-
-def as_round(row: Mapping[str, Any]) -> Round:
-    """A round as it was kept; what an older or newer migrd kept besides is left out."""
-    known = {field.name for field in fields(Round)}
-    return Round(**{name: value for name, value in row.items() if name in known})
-
-
-def as_decision(row: Mapping[str, Any]) -> Decision:
-    """A decision as it was kept."""
-    guess = row.get("estimate") or {}
-    return Decision(
-        verdict=Verdict(row["verdict"]),
-        reason=row["reason"],
-        message=row["message"],
-        round_number=row["round_number"],
-        at_s=row["at_s"],
-        estimate=Estimate(**guess),
-        throttle_percent=row.get("throttle_percent"),
     )

@@ -44,11 +44,9 @@ from migrd.engine.service import (
     HostView,
     MigrationView,
     PlanView,
-    PlugRequest,
     Published,
     Resolution,
     VmView,
-    WhatIf,
 )
 from migrd.errors import Conflict, Invalid, NotFound
 from tests.cli.scripted_devices import ScriptedDevices
@@ -61,7 +59,6 @@ from tests.cli.scripted_view import (
     view_of,
     vm_of,
 )
-from tests.fakes.deciding import Deciding
 
 DESTINATIONS: Final = (
     "host-b",
@@ -140,38 +137,6 @@ class Scripted(ScriptedDevices):
     async def stop_vm(self, name: str) -> VmView:
         self.vms_by_name[name] = self._vm(self.vm(name).spec, "stopped")
         return self.vms_by_name[name]
-
-    @property
-    def _deciding(self) -> Deciding:
-        return Deciding(self.inventory, self.devices_in_use)
-
-    async def plug_device(self, vm: str, request: PlugRequest, *, by: str) -> VmView:
-        del by
-        before = self.vm(vm)
-        spec, decision = await self._deciding.plugged(before.spec, before.decision, request)
-        self.vms_by_name[vm] = replace(before, spec=spec, decision=decision)
-        return self.vms_by_name[vm]
-
-    async def unplug_device(self, vm: str, id_: str, *, by: str) -> VmView:
-        del by
-        before = self.vm(vm)
-        spec, decision = await self._deciding.unplugged(before.spec, id_)
-        self.vms_by_name[vm] = replace(before, spec=spec, decision=decision)
-        return self.vms_by_name[vm]
-
-    async def what_if(self, question: WhatIf) -> PlanView:
-        vm = self.vm(question.vm)
-        here = await self._deciding.what_if(question, vm.spec, vm.decision)
-        if question.move is None:
-            return here
-        view = await self.plan(question.move)
-        return replace(
-            view,
-            possible=view.possible and here.possible,
-            refusals=(*here.refusals, *view.refusals),
-            decision=here.decision,
-            plan_there=None if here.decision is None else here.decision.plan,
-        )
 
     async def plan(self, request: Request) -> PlanView:
         self.vm(request.vm)

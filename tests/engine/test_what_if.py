@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from migrd.core.facts import SpecDevice
@@ -26,7 +28,7 @@ from tests.fakes.world import VM, Pair
 TO_BETA = Request(VM, "beta")
 
 
-async def ask(pair: Pair, *addresses: str, **question: object) -> PlanView:
+async def ask(pair: Pair, *addresses: str, **question: Any) -> PlanView:
     if addresses:
         question["devices"] = tuple(
             SpecDevice(f"hostdev{n}", address, "pcie.0", f"{5 + n:02x}.0")
@@ -34,7 +36,7 @@ async def ask(pair: Pair, *addresses: str, **question: object) -> PlanView:
         )
     before = (pair.alpha.service.vm(VM).spec, pair.alpha.service.vm(VM).decision)
     probes = len(pair.hardware["alpha"].probes)
-    view = await pair.alpha.service.what_if(WhatIf(VM, **question))  # type: ignore[arg-type]
+    view = await pair.alpha.service.what_if(WhatIf(VM, **question))
     assert (pair.alpha.service.vm(VM).spec, pair.alpha.service.vm(VM).decision) == before
     assert len(pair.hardware["alpha"].probes) == probes, "nobody was asked for it"
     return view

@@ -2,7 +2,6 @@
 
 import asyncio
 import uuid
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,10 +9,8 @@ import click
 
 from migrd.cli import story
 from migrd.cli.client import Reply
-from migrd.cli.devices import move_body, move_options
 from migrd.cli.exits import CommandError, Exit
 from migrd.cli.naming import host_argument, migration_argument, vm_argument, whole_id
-from migrd.cli.policy import policy_options
 from migrd.cli.printing import Format
 from migrd.cli.request import how_options, move_request
 from migrd.cli.running import Session, remote
@@ -40,8 +37,6 @@ _through = click.option(
 @vm_argument
 @host_argument
 @click.option("-w", "--watch", is_flag=True, help="Follow it to its end; the exit code tells how.")
-@policy_options
-@move_options
 @how_options
 @_timeout
 @_through
@@ -57,14 +52,10 @@ async def migrate(
     vm: str,
     destination: str,
     watch: bool,
-    devices_there: Sequence[tuple[str, str]],
-    accept_less_migratable: bool,
-    multifd: int | None,
-    allow_postcopy: bool,
     timeout_s: int | None,
     through_needs_operator: bool,
     idempotency_key: str | None,
-    **wishes: Any,
+    **how: Any,
 ) -> int:
     """Migrate the running VM to the host DESTINATION, a name from this host's roster.
 
@@ -82,11 +73,7 @@ async def migrate(
       migrd migrate web1 host-b --device-there hostdev0=0000:81:00.2
       migrd migrate web1 host-b -o json | jq -r .id
     """
-    request: dict[str, Json] = {
-        "vm": vm,
-        **move_request(destination, multifd, allow_postcopy, wishes),
-        **move_body(devices_there, accept_less_migratable),
-    }
+    request: dict[str, Json] = {"vm": vm, **move_request(destination, **how)}
     key = idempotency_key or str(uuid.uuid4())
     reply = await session.client.migrate(request, idempotency_key=key)
     id_ = reply.seen.raw("id")

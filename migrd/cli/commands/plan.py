@@ -8,14 +8,13 @@ import click
 from migrd.cli import story
 from migrd.cli.client import path
 from migrd.cli.decision import headline, print_decision, print_launch
-from migrd.cli.devices import Given, asked_for, device_options, move_body, move_options
+from migrd.cli.devices import Given, asked_for, device_options
 from migrd.cli.exits import Exit
 from migrd.cli.naming import maybe_host_argument, vm_argument
-from migrd.cli.policy import policy_options
 from migrd.cli.printing import Cell
 from migrd.cli.request import how_options, move_request
 from migrd.cli.running import Session, remote
-from migrd.cli.seen import Json, Seen
+from migrd.cli.seen import Seen
 from migrd.cli.text import size, span, word
 
 
@@ -24,8 +23,6 @@ from migrd.cli.text import size, span, word
 @maybe_host_argument
 @click.option("--to", metavar="HOST", help="The same as DESTINATION.")
 @device_options
-@policy_options
-@move_options
 @how_options
 @click.option("--arguments", is_flag=True, help="Also print what QEMU would be told.")
 @remote
@@ -37,12 +34,8 @@ async def plan(
     to: str | None,
     devices: Sequence[Given],
     tracking: str | None,
-    devices_there: Sequence[tuple[str, str]],
-    accept_less_migratable: bool,
-    multifd: int | None,
-    allow_postcopy: bool,
     arguments: bool,
-    **wishes: Any,
+    **how: Any,
 ) -> int:
     """Say what can be promised of VM; with DESTINATION, what a migration there would meet.
 
@@ -61,11 +54,7 @@ async def plan(
     """
     if to is not None and destination not in (None, to):
         raise click.UsageError(f"DESTINATION is {destination} and --to is {to}: name one")
-    body: dict[str, Json] = {
-        **move_request(destination or to, multifd, allow_postcopy, wishes),
-        **asked_for(devices, tracking),
-        **move_body(devices_there, accept_less_migratable),
-    }
+    body = {**move_request(destination or to, **how), **asked_for(devices, tracking)}
     reply = await session.client.call("POST", path("vms", vm, verb="plan"), body=body)
     seen = reply.seen
     possible = seen.flag("possible") is True
