@@ -4,6 +4,7 @@ Both hosts have decided about them from their own facts; `core.two_hosts` judges
 ways. What is said here besides is about a plan that is missing.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from migrd.core.migration import Refusal, Request
@@ -35,8 +36,12 @@ def of_devices(
             f"define it anew with its devices: PUT /v1/vms/{vm}",
         )
         return DevicePreflight((missing,))
+    lost = () if source.has_other_devices else _lost(source)
+    if lost:
+        return DevicePreflight(lost)
     if destination.plan is None:
         return _no_plan_there(destination)
+    lost = tuple(_not_in_qemu(source))
     judged = judge_destination(
         source.plan,
         destination.plan,
@@ -44,20 +49,55 @@ def of_devices(
         accept_lower=request.accept_less_migratable,
     )
     return DevicePreflight(
-        tuple(as_refusal(reason, source.plan) for reason in judged.refusals),
-        tuple(as_refusal(reason, source.plan) for reason in judged.warnings),
+        (*lost, *(as_refusal(reason, source.plan) for reason in judged.refusals)),
+        (
+            *_unnamed(source).warnings,
+            *(as_refusal(reason, source.plan) for reason in judged.warnings),
+        ),
+    )
+
+
+def _not_in_qemu(source: SourceFacts) -> Iterator[Refusal]:
+    """Devices that its QEMU has no more (the guest let go of them when nobody waited): the guest
+    would find them again there, in a state that nobody has sent."""
+    for device in source.spec.devices if source.is_as_it_is else ():
+        if device.id not in source.vm.passthrough_devices:
+            yield Refusal(
+                "devices_differ",
+                f"{source.spec.name} is defined with {device.id} ({device.address}), and its QEMU "
+                "does not have it",
+                f"take it out of the definition (migrd vms unplug {source.spec.name} {device.id}), "
+                "or plug it in again",
+            )
+
+
+def _lost(source: SourceFacts) -> tuple[Refusal, ...]:
+    """Devices of the definition that QEMU has no more: the guest let go of them, late."""
+    has, vm = set(source.vm.passthrough_devices), source.spec.name
+    lost = [device.id for device in source.spec.devices if device.id not in has]
+    if not lost:
+        return ()
+    return (
+        Refusal(
+            "devices_differ",
+            f"the QEMU of {vm} does not have {', '.join(lost)}, which its definition names: at the "
+            "destination it would",
+            f"take it out of the definition: DELETE /v1/vms/{vm}/devices/{lost[0]} (migrd vms "
+            f"unplug {vm} {lost[0]})",
+        ),
     )
 
 
 def _unnamed(source: SourceFacts) -> DevicePreflight:
     """Devices that its profile has, or that others have given it: QEMU alone judges them."""
-    has = source.vm.passthrough_devices
-    if not has:
+    named = {device.id for device in source.spec.devices}
+    has = [id_ for id_ in source.vm.passthrough_devices if id_ not in named]
+    if not has or not source.is_as_it_is:
         return DevicePreflight()
     vm = source.spec.name
     unnamed = Refusal(
         "devices_not_named",
-        f"the definition of {vm} does not name its passthrough devices ({', '.join(has)}): whether "
+        f"the definition of {vm} does not name passthrough devices ({', '.join(has)}): whether "
         "all their DMA is watched was not decided, and QEMU's own checks have holes",
         f"name them by QEMU id and address: PUT /v1/vms/{vm}",
     )

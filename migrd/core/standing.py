@@ -10,7 +10,15 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar
 
-from migrd.core.devices import Answer, Capability, Device, Evidence, MigrationFlag
+from migrd.core.devices import (
+    Answer,
+    Capability,
+    Device,
+    DeviceKind,
+    DeviceMigration,
+    Evidence,
+    MigrationFlag,
+)
 from migrd.core.facts import PassthroughFacts, VmSpec
 from migrd.core.tracking import Plan, TrackingRequest
 from migrd.core.vfio_launch import VfioLaunch
@@ -34,6 +42,9 @@ class DeviceEvidence:
     migration_flags: tuple[MigrationFlag, ...] = ()
     stop_copy_bytes: int | None = None
     driver: str | None = None
+    kind: DeviceKind = DeviceKind.VFIO_PCI
+    iommu_group: int | None = None
+    vfio_cdev: str | None = None
 
     @classmethod
     def of(cls, id_: str, device: Device) -> "DeviceEvidence":
@@ -48,6 +59,27 @@ class DeviceEvidence:
             migration_flags=flags,
             stop_copy_bytes=device.migration.stop_copy_bytes,
             driver=device.driver,
+            kind=device.kind,
+            iommu_group=device.iommu_group,
+            vfio_cdev=device.vfio_cdev,
+        )
+
+    def device(self) -> Device:
+        """The device as it was: of one that a running VM has, and sysfs does not show just now."""
+        return Device(
+            address=self.address,
+            kind=self.kind,
+            iommu=self.iommu,
+            iommu_dirty_tracking=self.iommu_dirty_tracking,
+            dma_logging=self.dma_logging,
+            migration=DeviceMigration(
+                self.migration,
+                frozenset(self.migration_flags),
+                stop_copy_bytes=self.stop_copy_bytes,
+            ),
+            driver=self.driver,
+            iommu_group=self.iommu_group,
+            vfio_cdev=self.vfio_cdev,
         )
 
 

@@ -15,7 +15,7 @@ from typing import Final
 
 import structlog
 
-from migrd.core.devices import Device, Inventory, IommuInstance
+from migrd.core.devices import Device, DeviceKind, Inventory, IommuInstance
 from migrd.core.facts import SpecDevice, VmFacts, VmSpec
 from migrd.core.hot_plug import compare, reconsider
 from migrd.core.standing import (
@@ -162,7 +162,7 @@ class Decisions:
         now = now or Circumstances()
         request, own = await self.request(spec, now)
         plan = sound(decide(request))
-        own += await self._profile_says(spec, plan)
+        own += await self._profile_says(spec)
         return Decided(spec, request, plan, tuple(own))
 
     async def request(
@@ -197,11 +197,13 @@ class Decisions:
         found: list[VmDevice] = []
         violations: list[Violation] = []
         for at, wanted in enumerate(spec.devices):
-            device = inventory.devices.get(wanted.address)
+            device = inventory.devices.get(wanted.address) or _remembered(wanted, now)
             field = f"devices[{at}].address"
             user = users.get(wanted.address)
             if device is None:
                 violations.append(Violation(field, "unknown_device", _unknown(wanted)))
+                if wanted.id in now.attached:
+                    found.append(_vm_device(wanted, _unseen(wanted), now))
                 continue
             if user is not None and user != spec.name:
                 said = (
@@ -212,12 +214,16 @@ class Decisions:
             found.append(_vm_device(wanted, device, now))
         return found, violations
 
-    async def _profile_says(self, spec: VmSpec, plan: Plan) -> list[Violation]:
-        """What its launch profile has against these devices."""
-        if plan.launch is None or not plan.launch.devices or spec.profile is None:
+    async def is_allowed(self, spec: VmSpec) -> bool:
+        """Its launch profile has nothing against its devices: none may be touched before that."""
+        return not await self._profile_says(spec)
+
+    async def _profile_says(self, spec: VmSpec) -> list[Violation]:
+        """What its launch profile has against these devices, started or not."""
+        if not spec.devices or spec.profile is None:
             return []
         try:
-            await in_thread(self._world.launcher.check, spec, plan.launch)
+            await in_thread(self._world.launcher.check, spec)
         except Invalid as exc:
             return list(exc.violations) or [Violation("devices", exc.code, exc.message)]
         return []
@@ -315,6 +321,13 @@ def _held_by(entry: Entry) -> Iterable[str]:
     return (*(device.address for device in entry.spec.devices), *told)
 
 
+def _remembered(wanted: SpecDevice, now: Circumstances) -> Device | None:
+    """A device that the running VM has and sysfs does not show: what is unknown is not gone."""
+    evidence = now.remembered.get(wanted.id)
+    is_same = evidence is not None and evidence.address == wanted.address
+    return evidence.device() if is_same and wanted.id in now.attached and evidence else None
+
+
 def _vm_device(wanted: SpecDevice, device: Device, now: Circumstances) -> VmDevice:
     evidence = now.remembered.get(wanted.id)
     if evidence is not None:
@@ -326,6 +339,13 @@ def _vm_device(wanted: SpecDevice, device: Device, now: Circumstances) -> VmDevi
         guest_address=wanted.guest_address,
         attached=wanted.id in now.attached,
     )
+
+
+def _unseen(wanted: SpecDevice) -> Device:
+    """One that the running VM has, and nothing is known of: left out, the VM would seem to be
+    without it."""
+    kind = DeviceKind.VFIO_PCI if ":" in wanted.address else DeviceKind.VFIO_MDEV
+    return Device(wanted.address, kind)
 
 
 def _iommus_of(found: Iterable[VmDevice], inventory: Inventory) -> Mapping[str, IommuInstance]:

@@ -60,7 +60,10 @@ class DeviceStart:
 
     async def probe(self, spec: VmSpec) -> None:
         """One after the other: each is bound to an iommufd of its own for a moment, nothing is
-        attached. Raises Unavailable when one does not answer."""
+        attached. None when the profile forbids one: who decides next is told so. Raises Unavailable
+        when one does not answer."""
+        if not await self.decisions.is_allowed(spec):
+            return
         known = self.world.inventory.current.devices
         for wanted in spec.devices:
             device = known.get(wanted.address)
@@ -132,8 +135,10 @@ class DeviceStart:
 
     async def _open(self, told: VfioLaunch) -> OpenDevices:
         """The descriptors that QEMU is to be given. Raises Refused, naming the device."""
-        known = self.world.inventory.current.devices
+        known, inventory = self.world.inventory.current.devices, self.world.inventory
         by_fd = [one.address for one in told.devices if one.given_by is GivenBy.FD]
+        if any(address not in known for address in by_fd):  # or sysfs was not read yet
+            known = (await inventory.rescan()).devices
         gone = [address for address in by_fd if address not in known]
         if gone:
             message = f"{', '.join(gone)} has gone away since it was decided about"

@@ -80,6 +80,7 @@ async def judge(
         candidate.epoch,
         world.options.tls is not None,
         candidate.plan,
+        is_as_it_is=candidate.told is None,
     )
     return check(request, source, _as_facts(profile)), facts, profile
 

@@ -61,7 +61,7 @@ class Reception:
         try:
             if vm.profile is not None:  # else the source says so: there is nothing to look at
                 await in_thread(world.launcher.check, bare(vm))
-                version, found = await world.launcher.probe(vm)
+                version, found = await world.launcher.probe(bare(vm))
                 features = frozenset(feature.value for feature in found)
                 decided = await self._decided(vm)
                 digest = await self._digest(vm, decided)
@@ -105,7 +105,7 @@ class Reception:
         check = self._world.launcher.check
         if decided is None:
             return await in_thread(check, vm)
-        told = decided.plan.launch
+        told = None if decided.own else decided.plan.launch
         return None if told is None else await in_thread(check, vm, told)
 
     def _is_present(self, name: str) -> bool:
