@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from migrd.demo.image import GuestImage
 from tests.lab.bare_qemu import BareQemu, until
-from tests.lab.guest.raw import Iommufd
+from tests.lab.guest.raw import MIB, Iommufd
 from tests.setup.debian import qemu_binaries
 
 IOMMU_ONLY = "x-device-dirty-page-tracking=off"
 """The device's own log is left alone: mtty's would accept anything and report nothing."""
+
+PAGES = 64 * MIB // 4096
+"""Of a guest's memory."""
 
 _TRACES = (
     "iommufd_backend_alloc_hwpt",
@@ -143,3 +147,45 @@ async def nested(
         )
         async with qemu:
             yield Nested(qemu, given.iommufds, trace, pluggable)
+
+
+def page_tables(qemu: Nested) -> list[bool]:
+    """Those that QEMU allocated, in order: does it track?"""
+    flags = [re.search(r"flags=0x(\w+)", line) for line in qemu.trace("iommufd_backend_alloc_hwpt")]
+    return [bool(int(found.group(1), 16) & 2) for found in flags if found]
+
+
+def tracked_tables(qemu: Nested) -> set[str]:
+    """Page tables on which QEMU turned tracking on."""
+    lines = qemu.trace("iommufd_backend_set_dirty")
+    return {found.group(1) for line in lines if (found := re.search(r"hwpt=(\d+) enable=1", line))}
+
+
+async def move(
+    source: Nested, destination: Nested, meanwhile: Callable[[], object] = lambda: None
+) -> int:
+    """Migrate; returns how many pages were sent by the third dirty sync (PAGES is each once)."""
+    ram: dict[str, int] = {}
+
+    async def synced_thrice() -> bool:
+        meanwhile()
+        found = await source.qemu.qmp("query-migrate")
+        ram.update(found.get("ram", {}))
+        return bool(found["status"] == "completed" or ram.get("dirty-sync-count", 0) >= 3)
+
+    async def completed() -> bool:
+        found = await source.qemu.qmp("query-migrate")
+        assert found["status"] != "failed", found
+        return bool(found["status"] == "completed")
+
+    if (await source.qemu.qmp("query-status"))["status"] != "paused":
+        await source.qemu.qmp("cont")
+    uri = f"unix:{source.qemu.qmp_path.parent}/migration"
+    await destination.qemu.qmp("migrate-incoming", uri=uri)
+    # Else all memory would go in the switchover, and only once.
+    await source.qemu.qmp("migrate-set-parameters", downtime_limit=1)
+    await source.qemu.qmp("migrate", uri=uri)
+    await until(synced_thrice, "three dirty syncs", within_s=60)
+    await source.qemu.qmp("migrate-set-parameters", downtime_limit=10_000)
+    await until(completed, "the migration completes", within_s=60)
+    return ram["normal"] + ram["duplicate"]

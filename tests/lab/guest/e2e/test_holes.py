@@ -18,14 +18,20 @@ what is shown is what QEMU asks the kernel for, and what it never asks.
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.lab.bare_qemu import until
-from tests.lab.guest.nested import IOMMU_ONLY, Device, Nested, nested
+from tests.lab.guest.nested import (
+    IOMMU_ONLY,
+    PAGES,
+    Device,
+    move,
+    nested,
+    page_tables,
+    tracked_tables,
+)
 from tests.lab.guest.raw import MIB, mtty
 
 LOGS = ""
@@ -37,9 +43,6 @@ PORTS = (
     *("-device", "pcie-root-port,id=port2,chassis=2,slot=2"),
 )
 UNTRACKED = "doesn't support device and IOMMU dirty tracking"
-
-
-PAGES = 64 * MIB // 4096
 
 
 class Mttys:
@@ -59,48 +62,6 @@ class Mttys:
 def mttys() -> Iterator[Mttys]:
     with contextlib.ExitStack() as held:
         yield Mttys(held)
-
-
-def page_tables(qemu: Nested) -> list[bool]:
-    """Those that QEMU allocated, in order: does it track?"""
-    flags = [re.search(r"flags=0x(\w+)", line) for line in qemu.trace("iommufd_backend_alloc_hwpt")]
-    return [bool(int(found.group(1), 16) & 2) for found in flags if found]
-
-
-def tracked_tables(qemu: Nested) -> set[str]:
-    """Page tables on which QEMU turned tracking on."""
-    lines = qemu.trace("iommufd_backend_set_dirty")
-    return {found.group(1) for line in lines if (found := re.search(r"hwpt=(\d+) enable=1", line))}
-
-
-async def move(
-    source: Nested, destination: Nested, meanwhile: Callable[[], object] = lambda: None
-) -> int:
-    """Migrate; returns how many pages were sent by the third dirty sync (PAGES is each once)."""
-    ram: dict[str, int] = {}
-
-    async def synced_thrice() -> bool:
-        meanwhile()
-        found = await source.qemu.qmp("query-migrate")
-        ram.update(found.get("ram", {}))
-        return bool(found["status"] == "completed" or ram.get("dirty-sync-count", 0) >= 3)
-
-    async def completed() -> bool:
-        found = await source.qemu.qmp("query-migrate")
-        assert found["status"] != "failed", found
-        return bool(found["status"] == "completed")
-
-    if (await source.qemu.qmp("query-status"))["status"] != "paused":
-        await source.qemu.qmp("cont")
-    uri = f"unix:{source.qemu.qmp_path.parent}/migration"
-    await destination.qemu.qmp("migrate-incoming", uri=uri)
-    # Else all memory would go in the switchover, and only once.
-    await source.qemu.qmp("migrate-set-parameters", downtime_limit=1)
-    await source.qemu.qmp("migrate", uri=uri)
-    await until(synced_thrice, "three dirty syncs", within_s=60)
-    await source.qemu.qmp("migrate-set-parameters", downtime_limit=10_000)
-    await until(completed, "the migration completes", within_s=60)
-    return ram["normal"] + ram["duplicate"]
 
 
 async def test_what_an_able_device_writes_is_sent_again(mttys: Mttys, tmp_path: Path) -> None:
