@@ -36,9 +36,6 @@ def of_devices(
             f"define it anew with its devices: PUT /v1/vms/{vm}",
         )
         return DevicePreflight((missing,))
-    lost = () if source.has_other_devices else _lost(source)
-    if lost:
-        return DevicePreflight(lost)
     if destination.plan is None:
         return _no_plan_there(destination)
     lost = tuple(_not_in_qemu(source))
@@ -69,23 +66,6 @@ def _not_in_qemu(source: SourceFacts) -> Iterator[Refusal]:
                 f"take it out of the definition (migrd vms unplug {source.spec.name} {device.id}), "
                 "or plug it in again",
             )
-
-
-def _lost(source: SourceFacts) -> tuple[Refusal, ...]:
-    """Devices of the definition that QEMU has no more: the guest let go of them, late."""
-    has, vm = set(source.vm.passthrough_devices), source.spec.name
-    lost = [device.id for device in source.spec.devices if device.id not in has]
-    if not lost:
-        return ()
-    return (
-        Refusal(
-            "devices_differ",
-            f"the QEMU of {vm} does not have {', '.join(lost)}, which its definition names: at the "
-            "destination it would",
-            f"take it out of the definition: DELETE /v1/vms/{vm}/devices/{lost[0]} (migrd vms "
-            f"unplug {vm} {lost[0]})",
-        ),
-    )
 
 
 def _unnamed(source: SourceFacts) -> DevicePreflight:

@@ -37,7 +37,5 @@ class SourceFacts:
     tls: bool
     plan: Plan | None = None
     """The decision that stands for the VM here; None: no passthrough devices, or none was made."""
-    has_other_devices: bool = False
-    """A what-if: the spec names other devices than its QEMU was given."""
     is_as_it_is: bool = True
     """False: `spec` and `plan` are those of a what-if, and its QEMU has other devices."""

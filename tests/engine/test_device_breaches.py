@@ -1,0 +1,150 @@
+"""Ways past what is promised about passthrough devices, each tried: a profile that forbids one, a
+device that sysfs does not show for a while, devices that QEMU and the definition do not share, a
+daemon that ends in the middle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from migrd.core.devices import Capability, DeviceMigration, Inventory, Unknown
+from migrd.core.phases import Phase
+from migrd.core.tracking import Migratability, TrackingPolicy
+from migrd.engine.service import PlugRequest
+from migrd.errors import Refused
+from tests.engine.passthrough import (
+    DISK,
+    NIC,
+    NIC2,
+    hardware,
+    hosts,
+    nic,
+    spec_of,
+    start,
+    told,
+    untracked,
+)
+from tests.fakes.virtual_time import until
+from tests.fakes.world import VM, Pair
+
+NOT_ASKED = Capability.unknown(Unknown.NOT_PROBED)
+REEVALUATED_S = 5.0
+"""Of virtual time: longer than decisions are looked at again."""
+_UNASKED: dict[str, Any] = {"dma_logging": NOT_ASKED, "migration": DeviceMigration(NOT_ASKED)}
+
+
+async def plug(pair: Pair, address: str) -> None:
+    request = PlugRequest(address, None, "rp0", "00.0", accept_lower=True)
+    await pair.alpha.service.plug_device(VM, request, by="test")
+
+
+def verdict(pair: Pair, on: str = "alpha") -> Migratability:
+    decision = pair.daemons[on].service.vm(VM).decision
+    assert decision is not None
+    return decision.plan.migratability
+
+
+# What the profile forbids
+
+
+@pytest.mark.parametrize("policy", [None, TrackingPolicy.REQUIRE])
+async def test_no_policy_lets_a_device_be_plugged_that_the_profile_forbids(
+    policy: TrackingPolicy | None,
+) -> None:
+    async with hosts(hardware(nic(NIC), nic(NIC2))) as pair:
+        pair.hosts["alpha"].allowed_devices["tiny"] = frozenset({NIC})
+        await start(pair, NIC, policy=policy)
+        with pytest.raises(Refused) as refused:
+            await plug(pair, NIC2)
+        assert "device_not_allowed" in {code for _, code in told(refused.value)}
+        assert set(pair.hosts["alpha"].qemu(VM).devices) == {"hostdev0"}
+
+
+async def test_a_device_that_the_profile_forbids_is_not_even_asked() -> None:
+    async with hosts(hardware(nic(NIC), nic(NIC2, **_UNASKED))) as pair:
+        pair.hosts["alpha"].allowed_devices["tiny"] = frozenset({NIC})
+        await start(pair, NIC)
+        with pytest.raises(Refused):
+            await plug(pair, NIC2)
+        assert NIC2 not in pair.hardware["alpha"].probes
+
+
+async def test_a_source_cannot_have_a_device_touched_that_the_profile_here_forbids() -> None:
+    async with hosts(hardware(nic(NIC)), hardware(nic(NIC), nic(NIC2, **_UNASKED))) as pair:
+        pair.hosts["beta"].allowed_devices["tiny"] = frozenset({NIC})
+        await start(pair, NIC)
+        view = await pair.migrate(destination_devices={"hostdev0": NIC2})
+        assert view.phase == Phase.REFUSED
+        assert "device_not_allowed" in {refusal.code for refusal in view.refusals}
+        assert NIC2 not in pair.hardware["beta"].probes
+        assert pair.hardware["beta"].opened == []
+
+
+async def test_what_the_profile_forbids_is_told_with_all_else_that_is_in_the_way() -> None:
+    async with hosts(hardware(nic(NIC), nic(NIC2, driver="mlx5_core", vfio_cdev=None))) as pair:
+        pair.hosts["alpha"].allowed_devices["tiny"] = frozenset({NIC})
+        with pytest.raises(Refused) as refused:
+            await pair.alpha.service.define_vm(spec_of(NIC, NIC2), dry_run=False)
+        assert {code for _, code in told(refused.value)} >= {
+            "driver_not_bound",
+            "device_not_allowed",
+        }
+
+
+# What sysfs does not show any more
+
+
+async def test_a_device_that_sysfs_does_not_show_makes_no_running_vm_live() -> None:
+    async with hosts(hardware(nic(NIC), untracked(DISK))) as pair:
+        await start(pair, NIC, DISK)
+        before = pair.alpha.service.vm(VM).decision
+        assert verdict(pair) is not Migratability.LIVE
+        inventory = pair.hardware["alpha"].inventory
+        inventory.unplug(DISK)
+        await until(lambda: DISK not in inventory.current.devices)
+        await asyncio.sleep(REEVALUATED_S)
+        assert verdict(pair) is not Migratability.LIVE
+        inventory.plug(untracked(DISK))
+        await asyncio.sleep(REEVALUATED_S)
+        after = pair.alpha.service.vm(VM).decision
+        assert before is not None
+        assert after is not None
+        assert after.plan.iommufds == before.plan.iommufds
+        assert after.plan.launched == before.plan.launched
+        assert after.evidence == before.evidence
+
+
+# What QEMU has, and what the definition names
+
+
+async def test_a_vm_that_has_lost_a_named_device_is_not_moved_to_a_qemu_that_has_it() -> None:
+    async with hosts(hardware(nic(NIC), nic(NIC2))) as pair:
+        await start(pair, NIC, NIC2)
+        del pair.hosts["alpha"].qemu(VM).devices["hostdev1"]  # the guest let go of it, late
+        view = await pair.migrate()
+        assert view.phase == Phase.REFUSED, (view.phase, view.cause)
+        (refusal,) = view.refusals
+        assert refusal.code == "devices_differ"
+        assert "hostdev1" in refusal.message
+        assert refusal.cure
+        assert not pair.hosts["beta"].living(VM)
+
+
+# Restarts
+
+
+async def test_a_destination_that_restarts_while_it_prepares_goes_on_with_its_devices() -> None:
+    async with hosts(hardware(nic(NIC))) as pair:
+        await start(pair, NIC)
+        migration_id = await pair.ask()
+        await until(lambda: bool(pair.beta.engine.migrations.incoming))
+        await pair.kill("beta")
+        inventory = pair.hardware["beta"].inventory
+        inventory._current = Inventory(inventory.truth.kernel, {}, {})  # a new daemon's
+        await pair.start("beta")
+        view = await pair.until_over(migration_id)
+        assert view.phase == Phase.SUCCEEDED, (view.cause, view.refusals)
+        await pair.settle()
