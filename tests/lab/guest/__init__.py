@@ -16,6 +16,10 @@ To run some, as root, from the checkout (the first time builds the kernel, about
     .venv/bin/python -m pytest -n0 tests/lab/guest/vfio/test_mtty.py    boots the tier, runs them
     .venv/bin/python -m tests.lab.boot vfio -k reset -x                 with the guest's own output
 
+To build on: raw.py (the kernel without migrd's adapters; makes mttys, binds NICs, plays the device
+that writes), nested.py (a QEMU in the guest, and what it asked of the kernel), planned.py (migrd's
+facts and plan for devices, and a QEMU launched accordingly).
+
 Each test is an ordinary test of the run it is in: collected outside, run inside, its result
 brought back (outside.py). Modules are therefore imported outside too: open nothing at import
 time, and let no parameter depend on the machine. In the guest (inside.py):
