@@ -87,12 +87,33 @@ def open_iommufd(path: str, system: SystemCalls) -> Iommufd:
     return Iommufd(fd, system.ioctl)
 
 
+def open_device(device: Device, system: SystemCalls) -> VfioDevice:
+    """Its character device. Raises KernelGone when that is another device's by now: numbers are
+    used again, and who says which it is has looked some time ago. Else as `VfioDevice.open`."""
+    path = device.vfio_cdev
+    if path is None:
+        raise KernelGone(
+            f"device {device.address} has no VFIO character device (driver:"
+            f" {device.driver or 'none'}): bind a VFIO driver to it",
+            code="no_vfio_cdev",
+        )
+    opened = VfioDevice.open(path, device.address, system)
+    found = system.device_of(opened.fd)
+    if found is not None and found != device.address:
+        opened.close()
+        raise KernelGone(
+            f"{path} is device {found} by now, not {device.address}: its driver was bound anew;"
+            " try again",
+            code="device_replaced",
+        )
+    return opened
+
+
 def ask(device: Device, iommufd_path: str, system: SystemCalls) -> Answers:
-    assert device.vfio_cdev is not None
     try:
         with (
             open_iommufd(iommufd_path, system) as iommufd,
-            VfioDevice.open(device.vfio_cdev, device.address, system) as opened,
+            open_device(device, system) as opened,
         ):
             dev_id = opened.bind(iommufd.fileno())
             tracking, coherent, hardware = _ask_iommu(iommufd, dev_id)

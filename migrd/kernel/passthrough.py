@@ -30,7 +30,7 @@ from migrd.core.devices import Device, DeviceKind, Unknown
 from migrd.engine.device_ports import DirtyPeek, HwptRef
 from migrd.engine.threads import in_thread
 from migrd.errors import KernelBusy, KernelGone
-from migrd.kernel.device_answers import Answers, ask, open_iommufd
+from migrd.kernel.device_answers import Answers, ask, open_device, open_iommufd
 from migrd.kernel.iommufd import DEVICE, Iommufd, numbers_in
 from migrd.kernel.page_table import ForeignHwpt
 from migrd.kernel.vfio import VfioDevice
@@ -189,14 +189,7 @@ class KernelOpenDevices:
         for _ in range(iommufds):
             self._iommufds.append(open_iommufd(iommufd_path, system))
         for device in devices:
-            if device.vfio_cdev is None:
-                raise KernelGone(
-                    f"device {device.address} has no VFIO character device (driver:"
-                    f" {device.driver or 'none'}): bind a VFIO driver to it",
-                    code="no_vfio_cdev",
-                )
-            opened = VfioDevice.open(device.vfio_cdev, device.address, system)
-            self._devices[device.address] = opened
+            self._devices[device.address] = open_device(device, system)
 
     def fill_from_process(self, pid: int, pidfd: int, proc: str, system: SystemCalls) -> None:
         """Take copies of the iommufds of a process; blocks. After an error as in `fill`."""
@@ -269,7 +262,12 @@ class KernelOpenDevices:
         try:
             await in_thread(_close_all, [*devices.values(), *iommufds])
         finally:  # cancelled too: it waits until they are closed
-            self._released()
+            released, self._released = self._released, _nothing  # they may be another VM's next
+            released()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _close_all(opened: Sequence[VfioDevice | Iommufd]) -> None:

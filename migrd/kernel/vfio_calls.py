@@ -24,6 +24,17 @@ from migrd.errors import KernelBusy, KernelDenied, KernelGone, KernelRejected, K
 from migrd.kernel.calls import Ioctl, Meaning, Verb, system_ioctl
 
 
+def device_of(fd: int) -> str | None:
+    """Name in sysfs of the device that a character device stands for (a PCI address, the UUID of an
+    mdev); None where sysfs does not say."""
+    try:
+        number = os.fstat(fd).st_rdev
+        link = os.readlink(f"/sys/dev/char/{os.major(number)}:{os.minor(number)}/device")
+    except OSError:
+        return None
+    return os.path.basename(link)
+
+
 @dataclass(frozen=True)
 class SystemCalls:
     """What is asked of the kernel. Tests put a simulator here."""
@@ -33,6 +44,7 @@ class SystemCalls:
     read: Callable[[int, int], bytes] = os.read
     write: Callable[[int, memoryview], int] = os.write
     ioctl: Ioctl = system_ioctl
+    device_of: Callable[[int], str | None] = device_of
 
 
 LINUX: Final = SystemCalls()

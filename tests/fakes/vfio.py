@@ -53,6 +53,7 @@ class Node:
 
     device: SimDevice
     iommu: Iommu
+    path: str = ""
     bind_errno: int = 0
     """BIND fails with it."""
     failures: dict[int, int] | None = None
@@ -78,6 +79,8 @@ class VfioKernel(IommufdKernel):
         self.nodes: dict[str, Node] = {}
         self.open_errnos: dict[str, int] = {}
         """Path -> errno that opening it fails with."""
+        self.sysfs_names: dict[str, str] = {}
+        """Path -> the device that sysfs says it is; absent: sysfs does not say."""
         self.before_ioctl: Callable[[int], None] = lambda request: None
         """Called in the caller's thread: to hold it up there. OPEN: before it opens something."""
         self._files: dict[Identity, Opened] = {}
@@ -86,7 +89,7 @@ class VfioKernel(IommufdKernel):
     def add(self, device: SimDevice, iommu: Iommu = Iommu.NONE) -> str:
         """Returns its path."""
         path = f"/dev/vfio/devices/vfio{len(self.nodes)}"
-        self.nodes[path] = Node(device, iommu)
+        self.nodes[path] = Node(device, iommu, path)
         return path
 
     def device_of(self, fd: int) -> SimDevice:
@@ -103,6 +106,7 @@ class VfioKernel(IommufdKernel):
             read=lambda fd, count: self._session(fd).read(count),
             write=lambda fd, view: self._session(fd).write(bytes(view)),
             ioctl=self.ioctl,
+            device_of=lambda fd: self.sysfs_names.get(self._files[_identity(fd)].node.path),
         )
 
     def open_path(self, path: str, flags: int) -> int:

@@ -94,6 +94,34 @@ async def test_one_that_cannot_be_opened_leaves_none_open(
     await (await passthrough.open([good], 1)).close()
 
 
+async def test_a_node_that_is_another_device_by_now_is_not_opened(
+    kernel: VfioKernel, passthrough: KernelPassthrough
+) -> None:
+    """Sysfs was read; then drivers were bound anew, and the number was given to another."""
+    path = kernel.add(SimDevice(), Iommu.TRACKS)
+    kernel.sysfs_names[path] = "0000:41:00.7"
+    with pytest.raises(KernelGone, match=r"is device 0000:41:00\.7 by now, not 0000:41:00\.2"):
+        await passthrough.open([device_at(path, "0000:41:00.2")], 1)
+    assert await left_open(kernel) == []
+    probed = await passthrough.probe(device_at(path, "0000:41:00.2"))
+    assert probed.migration.can.reason is not None, "another one's answers are not its own"
+    kernel.sysfs_names[path] = "0000:41:00.2"
+    opened = await passthrough.open([device_at(path, "0000:41:00.2")], 1)
+    await opened.close()
+
+
+async def test_letting_go_twice_does_not_let_go_of_the_next_vm(
+    kernel: VfioKernel, passthrough: KernelPassthrough
+) -> None:
+    device = device_at(kernel.add(SimDevice(), Iommu.TRACKS))
+    first = await passthrough.open([device], 1)
+    await first.close()
+    second = await passthrough.open([device], 1)
+    await first.close()
+    assert (await passthrough.probe(device)).migration.can.reason is Unknown.IN_USE
+    await second.close()
+
+
 async def test_a_device_that_is_open_for_a_vm_is_neither_opened_again_nor_probed(
     kernel: VfioKernel, passthrough: KernelPassthrough
 ) -> None:

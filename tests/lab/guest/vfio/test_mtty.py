@@ -103,7 +103,8 @@ def test_debugfs_shows_the_state_without_opening_the_device() -> None:
 
 
 def device_at(node: Path, kind: DeviceKind) -> Device:
-    return Device(address=node.name, kind=kind, vfio_cdev=str(node))
+    address = Path("/sys/class/vfio-dev", node.name, "device").resolve().name
+    return Device(address=address, kind=kind, vfio_cdev=str(node))
 
 
 def descriptors() -> set[str]:
@@ -146,6 +147,15 @@ async def test_a_nic_behind_vt_d_can_neither_migrate_nor_be_tracked() -> None:
         vmm.bind(raw.Iommufd(opened.iommufds[0]))
         vmm.close()
         await opened.close()
+    passthrough.close()
+
+
+async def test_a_node_that_is_another_device_by_now_is_not_opened() -> None:
+    passthrough = KernelPassthrough()
+    with raw.bound_to_vfio(raw.nics()[0]) as node:
+        other = Device("0000:ff:1f.7", DeviceKind.VFIO_PCI, vfio_cdev=str(node))
+        with pytest.raises(KernelGone, match="by now, not 0000:ff:1f"):
+            await passthrough.open([other], 1)
     passthrough.close()
 
 
