@@ -56,6 +56,15 @@ class DeviceHolding:
         )
         self._held.setdefault(instance, {})[task] = opened
 
+    async def take_over(self, vmm: Vmm, opened: OpenDevices) -> None:
+        """A QEMU has all that it needs of them: hold the rest. What cannot be closed now is closed
+        with it; a QEMU that runs is not lost for that."""
+        self.hold(vmm, opened)
+        try:
+            await opened.hand_over()
+        except Exception as exc:
+            log.error("descriptors of devices are kept for longer", vm=vmm.vm, cause=str(exc))
+
     async def _until_exit(self, vmm: Vmm, opened: OpenDevices) -> None:
         try:
             with _pidfd_of(vmm, self._world) as pidfd:

@@ -126,11 +126,10 @@ class DeviceStart:
         try:
             passed = PassedDevices(told, tuple(opened.iommufds), dict(opened.device_fds))
             vmm = await launcher.launch(spec, instance, incoming=incoming, devices=passed)
-            await opened.hand_over()
         except BaseException:
             await opened.close()
             raise
-        self.holding.hold(vmm, opened)
+        await self.holding.take_over(vmm, opened)
         return vmm
 
     async def _open(self, told: VfioLaunch) -> OpenDevices:

@@ -132,11 +132,10 @@ class HotPlug:
         )
         try:
             await vmm.plug_device(told, _fds(opened, told))
-            await opened.hand_over()
         except BaseException:
             await opened.close()
             raise
-        self.starts.holding.hold(vmm, opened)
+        await self.starts.holding.take_over(vmm, opened)
 
     async def _note(
         self,

@@ -117,6 +117,7 @@ class Lifecycle:
         try:
             self._vms.detach(entry)
             if old is not None:
+                await self._starts.holding.release(old.instance)  # else it has its devices still
                 await self._world.launcher.forget(old)
             vmm = await self._launch(entry)
         except VmmDied as exc:

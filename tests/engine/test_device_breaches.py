@@ -6,6 +6,7 @@ daemon that ends in the middle.
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import Any
 
 import pytest
@@ -24,9 +25,11 @@ from tests.engine.passthrough import (
     nic,
     spec_of,
     start,
+    stop,
     told,
     untracked,
 )
+from tests.fakes.hardware import SimOpenDevices
 from tests.fakes.virtual_time import until
 from tests.fakes.world import VM, Pair
 
@@ -148,3 +151,47 @@ async def test_a_destination_that_restarts_while_it_prepares_goes_on_with_its_de
         view = await pair.until_over(migration_id)
         assert view.phase == Phase.SUCCEEDED, (view.cause, view.refusals)
         await pair.settle()
+
+
+# Letting go
+
+
+async def test_a_qemu_is_not_lost_when_descriptors_cannot_be_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def broken(self: SimOpenDevices) -> None:
+        raise OSError(errno.EIO, "close")
+
+    monkeypatch.setattr(SimOpenDevices, "hand_over", broken)
+    async with hosts(hardware(nic(NIC), nic(NIC2))) as pair:
+        await start(pair, NIC)
+        assert pair.alpha.service.vm(VM).state == "running"
+        await plug(pair, NIC2)
+        assert set(pair.hosts["alpha"].qemu(VM).devices) == {"hostdev0", "hostdev1"}
+        assert len(pair.alpha.service.vm(VM).spec.devices) == 2
+        await stop(pair)
+        assert pair.hardware["alpha"].opened == []
+
+
+async def _nothing(self: SimOpenDevices) -> None: ...
+
+
+async def test_a_vm_whose_qemu_has_just_died_can_be_started_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unpinning a large guest's memory takes seconds; until then its devices are held."""
+    real = SimOpenDevices.close
+
+    async def slow(self: SimOpenDevices) -> None:
+        await asyncio.sleep(3.0)
+        await real(self)
+
+    monkeypatch.setattr(SimOpenDevices, "close", slow)
+    monkeypatch.setattr(SimOpenDevices, "hand_over", _nothing)  # so the simulator sees it held
+    async with hosts(hardware(nic(NIC))) as pair:
+        await start(pair, NIC)
+        pair.hosts["alpha"].qemu(VM).die("killed")
+        pair.guest(VM).violations.clear()
+        await pair.alpha.service.start_vm(VM)
+        assert len(pair.hosts["alpha"].living(VM)) == 1
+        await stop(pair)
