@@ -21,7 +21,10 @@ from migrd.peer.wire import Name, ShortText, WireModel, cut
 MOST_REASONS: Final = 128
 MOST_DEVICES: Final = 64
 
-Seconds = Annotated[float, Field(ge=0, lt=1e9)]
+MOST_SECONDS: Final = 1e9
+"""Three decades: what a driver that lies about its size makes of a floor is no more than that."""
+
+Seconds = Annotated[float, Field(ge=0, le=MOST_SECONDS)]
 
 
 class WireReason(WireModel):
@@ -113,8 +116,10 @@ class WirePlan(WireModel):
             trackers=dict(plan.trackers),
             attach_order=list(plan.attach_order),
             devices=told,
-            downtime_floor_s=plan.downtime_floor_s,
-            expected_blackout_s=plan.expected_blackout_s,
+            downtime_floor_s=min(plan.downtime_floor_s, MOST_SECONDS),
+            expected_blackout_s=None
+            if plan.expected_blackout_s is None
+            else min(plan.expected_blackout_s, MOST_SECONDS),
         )
 
     def value(self) -> Plan:

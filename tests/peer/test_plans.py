@@ -1,6 +1,7 @@
 """What hosts tell each other about passthrough devices: bounded, and read by older and newer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ def test_an_answer_of_a_thousand_long_reasons_keeps_within_its_bound() -> None:
     told = WireHostProfile.of(profile(plan)).model_dump_json().encode()
     assert len(told) < MAX_ANSWER_BYTES
     assert len(received(json.loads(told)).reasons) == MOST_REASONS
+
+
+def test_a_driver_that_lies_about_its_size_takes_no_answer_away() -> None:
+    """2^64 - 1 bytes of state: six centuries at 1 GB/s."""
+    centuries_s = ((1 << 64) - 1) / 1e9
+    plan = replace(
+        decision().plan, downtime_floor_s=centuries_s, expected_blackout_s=centuries_s + 1
+    )
+    found = received(sent(plan))
+    assert found.downtime_floor_s > 1e8
+    assert found.expected_blackout_s is not None
 
 
 def test_a_source_from_before_devices_is_understood() -> None:
