@@ -96,7 +96,9 @@ class Outcome:
     log: str
     """Output of the command."""
     console: str
-    """The kernel's console and QEMU's own complaints."""
+    """What the kernel wrote there, and QEMU's own complaints."""
+    kernel_log: str
+    """At the end; empty if the guest did not get that far."""
     reports: str
     """What inside.py wrote, one JSON object a line."""
 
@@ -106,6 +108,7 @@ class Outcome:
         return (
             f"the guest {how} after {self.seconds:.0f} s\n"
             f"--- its output ---\n{_last_lines(self.log, 60)}\n"
+            f"--- its kernel ---\n{_last_lines(self.kernel_log, 20)}\n"
             f"--- its console ---\n{_last_lines(self.console, 40)}"
         )
 
@@ -166,6 +169,7 @@ def _boot(qemu: Sequence[str], share: Path, limit_s: float, live: bool) -> Outco
         status=int(status) if status.isdigit() else None,
         seconds=time.monotonic() - started_s,
         log=_text(share / "log"),
+        kernel_log=_text(share / "dmesg"),
         console=_text(share / "console") + _text(share / "qemu.err"),
         reports=_text(share / "reports"),
     )

@@ -40,7 +40,7 @@ def run_pytest(tier, ids):
         assert "@" not in guest_id
         for when in ("setup", "call", "teardown"):
             lines.append(report(guest_id, outcome if when == "call" else "passed", when))
-    return boot.Outcome(0, 1.0, "its output", "its console", "\\n".join(lines))
+    return boot.Outcome(0, 1.0, "its output", "its console", "its log", "\\n".join(lines))
 
 outside.run_pytest = run_pytest
 outside.GUEST = Path(__file__).parent / "guest"
@@ -94,7 +94,7 @@ def test_a_test_that_ended_half_way_has_failed(pytestconfig: pytest.Config) -> N
         return "\n".join(json.dumps({**common, **more, "when": phase}) for phase in phases)
 
     def failure(text: str) -> str | None:
-        outcome = Outcome(None, 2.0, "", "Kernel panic - not syncing", text)
+        outcome = Outcome(None, 2.0, "", "Kernel panic - not syncing", "", text)
         return Results(pytestconfig, outcome).failure("a")
 
     assert failure(reports("setup", "call", "teardown")) is None
