@@ -208,7 +208,7 @@ def _environment(tier: str, qemus: Mapping[str, Path]) -> str:
         "MIGRD_TEST_QEMU_10": str(qemus["10"]),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        # pytest-timeout is not asked for the limits that the run outside was given
+        # The limit of each test, in the place of the one in pyproject.toml: here all is slower.
         "PYTEST_TIMEOUT": "300",
     }
     if "XDG_CACHE_HOME" in os.environ:
