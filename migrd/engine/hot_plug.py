@@ -67,6 +67,7 @@ class HotPlug:
         if running is None:
             await self._define(entry, spec)
             return
+        await self.vms.look(entry, refresh=True)  # an earlier try may have come further
         if is_defined and wanted.id in _ids_of(entry):
             return
         decided = await self.starts.decisions.decide(
@@ -135,7 +136,7 @@ class HotPlug:
         except BaseException:
             await opened.close()
             raise
-        await self.starts.holding.take_over(vmm, opened)
+        await self.starts.holding.take_over(vmm, opened, [told.iommufd] if told.iommufd else [])
 
     async def _note(
         self,

@@ -125,8 +125,8 @@ class Lifecycle:
         finally:
             entry.starting = False
         entry.vmm, entry.managed, entry.here = vmm, True, True
+        self._vms.watch(entry)  # it runs, whether that can be written down or not
         await self._world.journal.put_vm(entry.stored())
-        self._vms.watch(entry)
         await self._vms.look(entry)
         self._vms.changed(entry)
         return self.view(entry)

@@ -17,6 +17,7 @@ from typing import Any
 
 from migrd.errors import (
     JournalError,
+    KernelBusy,
     MigrdError,
     PeerTimedOut,
     PeerUnreachable,
@@ -136,6 +137,8 @@ def errors_of(call: str) -> list[tuple[str, MigrdError, bool]]:
             ("peer_timed_out", PeerTimedOut("no answer"), True),
             ("peer_unreachable", PeerUnreachable("connection refused"), False),
         ]
+    if call == "passthrough.open":
+        return [("kernel_busy", KernelBusy("somebody has it open", errno=16), False)]
     if port == "vmm":
         return [
             ("vmm_timed_out", VmmTimedOut("no answer"), True),

@@ -106,6 +106,7 @@ class Daemon:
         stream = Stream(history=options.history, queue=options.queue, wall_s=clock.wall_s)
         peer_map: Mapping[str, Peer] = peers
         hardware = pair.hardware[self.name]
+        passthrough: Any = Gated(self.gate, "passthrough", self.passthrough)
         return World(
             options,
             journal,
@@ -115,7 +116,7 @@ class Daemon:
             clock,
             self.observer,
             inventory=hardware.inventory,
-            passthrough=self.passthrough,
+            passthrough=passthrough,
             open_pidfd=pidfds_of(hardware.host),
         )
 

@@ -10,6 +10,7 @@ from migrd.core.facts import QemuStatus, RunState
 from migrd.core.migration import Policy, WhenNotConverging
 from migrd.core.phases import Phase
 from migrd.errors import MigrdError
+from tests.engine.passthrough import DISK, NIC, NIC2
 from tests.fakes.virtual_time import now_s
 from tests.fakes.wire import MIB
 from tests.fakes.world import VM, Pair
@@ -18,6 +19,11 @@ from tests.fakes.world import VM, Pair
 async def plain(pair: Pair) -> str:
     """The main job."""
     return await pair.ask()
+
+
+async def with_devices(pair: Pair) -> str:
+    """A guest with two passthrough devices, one of which has another address there."""
+    return await pair.ask(destination_devices={"hostdev1": DISK})
 
 
 async def several_rounds(pair: Pair) -> str:
@@ -114,6 +120,10 @@ async def _one_cancelled(pair: Pair) -> None:
     pair.ground.calm()
 
 
+DEVICES: Mapping[object, Mapping[str, str]] = {
+    with_devices: {"hostdev0": NIC, "hostdev1": NIC2},
+}
+"""Passthrough devices of the guest, by QEMU id."""
 BEFORE: Mapping[object, Callable[[Pair], Awaitable[None]]] = {
     after_a_round_trip: _there_and_back,
     after_a_cancelled_one: _one_cancelled,

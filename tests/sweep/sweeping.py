@@ -19,11 +19,13 @@ from migrd.core.admission import Admission
 from migrd.core.phases import Phase
 from migrd.engine.service import MigrationView, Resolution, Whereabouts
 from migrd.errors import JournalError, MigrdError
+from tests.engine.passthrough import DISK, NIC, NIC2, nic
+from tests.engine.passthrough import hardware as hardware_with
 from tests.fakes.gate import Fault, errors_of
 from tests.fakes.road import Faults, Loss
 from tests.fakes.virtual_time import VirtualTimeLoop, now_s, until
 from tests.fakes.world import VM, Pair
-from tests.sweep.scripts import BEFORE
+from tests.sweep.scripts import BEFORE, DEVICES
 
 UNCOUNTED = frozenset({"peer.hello", "launcher.find", "launcher.versions"})
 """Calls of the background that no migration depends on."""
@@ -121,8 +123,10 @@ async def _run(
 ) -> Finished:
     pair = Pair(watch_interval_s=7.0, peer_interval_s=31.0)  # a quiet background
     pair.plans.update(strikes)
+    for hardware in pair.hardware.values():
+        hardware.show(hardware_with(nic(NIC), nic(NIC2), nic(DISK)))
     async with pair:
-        await pair.boot()
+        await pair.boot(devices=DEVICES.get(script))
         await BEFORE.get(script, _nothing)(pair)
         known = {view.id for view in pair.alpha.service.migrations()[1]}
         pair.road.faults = losing

@@ -51,6 +51,7 @@ def sweep(script: Script, side: str, kinds: str) -> Iterator[tuple[Strike, Finis
     [
         (scripts.plain, ALL, {Phase.SUCCEEDED}),
         (scripts.postcopy, ALL, {Phase.SUCCEEDED}),
+        (scripts.with_devices, ALL, {Phase.SUCCEEDED}),
         (scripts.cancelled_in_precopy, ALL, {Phase.CANCELLED}),
         (scripts.several_rounds, DEATHS, {Phase.SUCCEEDED}),
         (scripts.paused_guest, DEATHS, {Phase.SUCCEEDED}),
