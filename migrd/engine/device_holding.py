@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import structlog
 
@@ -30,6 +31,7 @@ class DeviceHolding:
         self._world = world
         self._group = group
         self._held: dict[str, dict[asyncio.Task[None], OpenDevices]] = {}
+        self._objects: WeakKeyDictionary[OpenDevices, tuple[str, ...]] = WeakKeyDictionary()
         self._rates: dict[str, tuple[SampledRate, ...]] = {}
 
     def of(self, instance: str) -> Sequence[OpenDevices]:
@@ -38,6 +40,10 @@ class DeviceHolding:
 
     def is_held(self, instance: str) -> bool:
         return instance in self._held
+
+    def objects_of(self, opened: OpenDevices) -> tuple[str, ...]:
+        """QEMU's ids of the iommufd objects that `opened.iommufds` are, in that order."""
+        return self._objects.get(opened, ())
 
     def note_rates(self, instance: str, rates: Sequence[SampledRate]) -> None:
         """What its devices were last seen to write (engine.dma_sampling)."""
@@ -48,18 +54,23 @@ class DeviceHolding:
         """The last sample; empty before the first."""
         return self._rates.get(instance, ())
 
-    def hold(self, vmm: Vmm, opened: OpenDevices) -> None:
-        """Keep `opened` until the process has exited; it is this object's to close from here on."""
+    def hold(self, vmm: Vmm, opened: OpenDevices, objects: Sequence[str] = ()) -> None:
+        """Keep `opened` until the process has exited; it is this object's to close from here on.
+        `objects`: see `objects_of`."""
+        for before in self.of(vmm.instance):  # an id may be used again when its object is gone
+            names = self._objects.get(before, ())
+            self._objects[before] = tuple("" if name in objects else name for name in names)
+        self._objects[opened] = tuple(objects)
         instance = vmm.instance
         task = self._group.create_task(
             self._until_exit(vmm, opened), name=f"devices-{vmm.vm}-{instance}"
         )
         self._held.setdefault(instance, {})[task] = opened
 
-    async def take_over(self, vmm: Vmm, opened: OpenDevices) -> None:
+    async def take_over(self, vmm: Vmm, opened: OpenDevices, objects: Sequence[str]) -> None:
         """A QEMU has all that it needs of them: hold the rest. What cannot be closed now is closed
         with it; a QEMU that runs is not lost for that."""
-        self.hold(vmm, opened)
+        self.hold(vmm, opened, objects)
         try:
             await opened.hand_over()
         except Exception as exc:

@@ -49,7 +49,7 @@ class DmaSampling:
 
     async def _sample(self, entry: Entry, held: Sequence[OpenDevices]) -> Sequence[SampledRate]:
         found: list[SampledRate] = []
-        for index, opened in enumerate(held):
+        for opened in held:
             try:
                 async with asyncio.timeout(SAMPLE_S):
                     rates = await self._sampler(opened).sample(tracking_is_on=self._tracks(entry))
@@ -57,9 +57,13 @@ class DmaSampling:
                 why = str(exc) or f"not over within {SAMPLE_S:g} s"
                 log.debug("no sample of dirty DMA", vm=entry.spec.name, cause=why)
                 continue
+            except Exception as exc:  # what is only looked at must not end the daemon
+                why = f"{type(exc).__name__}: {exc}"
+                log.error("sampling dirty DMA failed", vm=entry.spec.name, cause=why)
+                continue
             now_s = self._world.clock.wall_s()
             for hwpt, rate in rates.items():
-                devices = _devices_of(entry, hwpt.iommufd) if index == 0 else ()
+                devices = _devices_of(entry, self._holding.objects_of(opened), hwpt.iommufd)
                 found.append(SampledRate(devices, hwpt.iommufd, hwpt.hwpt_id, rate, now_s))
         return found
 
@@ -76,8 +80,9 @@ class DmaSampling:
         return isinstance(m, Outgoing) and m.state.phase is Phase.PRECOPY and bool(m.rounds)
 
 
-def _devices_of(entry: Entry, iommufd: int) -> tuple[str, ...]:
-    """Those that were started on the n-th iommufd object."""
-    if entry.decision is None or iommufd >= len(entry.decision.plan.iommufds):
+def _devices_of(entry: Entry, objects: Sequence[str], iommufd: int) -> tuple[str, ...]:
+    """Those that are on the n-th of these iommufd objects now: devices come and go."""
+    if entry.decision is None or iommufd >= len(objects):
         return ()
-    return entry.decision.plan.iommufds[iommufd].devices
+    parts = entry.decision.plan.iommufds
+    return next((part.devices for part in parts if part.id == objects[iommufd]), ())
