@@ -162,7 +162,7 @@ class SimOpenDevices:
         return DirtyPeek(hwpt, iova, length_bytes, page_size_bytes, 0, 0.0)
 
     async def is_mapped(self, hwpt: HwptRef, iova: int, length_bytes: int) -> bool:
-        return True
+        return iova + length_bytes <= self._hardware.host.ground.load.memory_bytes
 
     async def close_at_exit(self, pidfd: int) -> None:
         self.pid = PIDS[pidfd]
