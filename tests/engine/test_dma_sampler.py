@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -149,10 +150,29 @@ async def test_areas_are_found_to_the_mib(areas: list[tuple[int, int]]) -> None:
     assert [(area.iova, area.length_bytes) for area in found] == areas
 
 
-def test_slices_cover_an_area_exactly_once() -> None:
-    area = Area(MIB, 100 * MIB)
-    pieces = slices_of(area)
-    assert pieces[0].iova == area.iova
-    assert pieces[-1].end == area.end
-    assert all(one.end == other.iova for one, other in pairwise(pieces))
+def test_slices_cover_their_areas_exactly_once() -> None:
+    areas = [Area(MIB, 100 * MIB), Area(1 << 30, 31 * MIB), Area(4 << 30, 64 * MIB)]
+    pieces = sorted(slices_of(areas, 1000, 7), key=lambda piece: piece.iova)
+    for area in areas:
+        within = [piece for piece in pieces if area.iova <= piece.iova < area.end]
+        assert within[0].iova == area.iova
+        assert within[-1].end == area.end
+        assert all(one.end == other.iova for one, other in pairwise(within))
+    assert len(pieces) == 4 + 1 + 2
     assert max(piece.length_bytes for piece in pieces) <= 32 * MIB
+
+
+def test_what_is_chosen_of_a_huge_guest_costs_no_more_than_of_a_small_one() -> None:
+    """It is chosen on the event loop."""
+    small, huge = [Area(4 << 30, GIB)], [Area(4 << 30, 8 << 40)]
+    slices_of(huge, 64, 1)
+    assert _allocations(huge) < 2 * _allocations(small)
+
+
+def _allocations(areas: list[Area]) -> int:
+    tracemalloc.start()
+    try:
+        slices_of(areas, 32, 1)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
