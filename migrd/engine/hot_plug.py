@@ -21,7 +21,7 @@ import structlog
 from migrd.core.facts import SpecDevice, VmSpec
 from migrd.core.hot_plug import judge_plug, reconsider
 from migrd.core.standing import StandingDecision, sound, standing
-from migrd.core.tracking import Plan, TrackingRequest
+from migrd.core.tracking import Plan, TrackingRequest, decide
 from migrd.core.vfio_launch import GivenBy, VfioLaunch, VfioLaunchDevice
 from migrd.engine.decisions import Circumstances, Decided, without
 from migrd.engine.device_ports import OpenDevices
@@ -68,6 +68,7 @@ class HotPlug:
             await self._define(entry, spec)
             return
         await self.vms.look(entry, refresh=True)  # an earlier try may have come further
+        _check_named(entry, spec)
         if is_defined and wanted.id in _ids_of(entry):
             return
         decided = await self.starts.decisions.decide(
@@ -90,9 +91,8 @@ class HotPlug:
         if decided.own:
             decided.require()
         before = _standing_plan(entry)
-        if before is None:
-            decided.require()
-            return decided.plan
+        if before is None:  # it has none yet, so nothing keeps it from being live
+            before = decide(replace(decided.request, devices=()))
         judgement = judge_plug(before, decided.request, accept_lower=request.accept_lower)
         if judgement.allowed:
             return sound(judgement.plan)
@@ -136,7 +136,7 @@ class HotPlug:
         except BaseException:
             await opened.close()
             raise
-        await self.starts.holding.take_over(vmm, opened, [told.iommufd] if told.iommufd else [])
+        self.starts.holding.hold(vmm, opened, [told.iommufd] if told.iommufd else [])
 
     async def _note(
         self,
@@ -233,6 +233,19 @@ def _wanted(spec: VmSpec, request: PlugRequest) -> SpecDevice:
         guest_bus=request.guest_bus,
         guest_address=request.guest_address,
     )
+
+
+def _check_named(entry: Entry, spec: VmSpec) -> None:
+    """Raises Conflict when its QEMU has devices that nothing was decided about: beside them, no
+    device can be judged."""
+    unnamed = sorted(_ids_of(entry) - {device.id for device in spec.devices})
+    if unnamed:
+        raise Conflict(
+            f"the QEMU of {spec.name} has passthrough devices that its definition does not name "
+            f"({', '.join(unnamed)}): name them first (PUT /v1/vms/{spec.name}), or plug while it "
+            "is stopped",
+            code="devices_not_named",
+        )
 
 
 def _with(spec: VmSpec, device: SpecDevice) -> VmSpec:

@@ -93,6 +93,29 @@ async def test_t8_what_lowers_it_is_plugged_when_that_is_accepted_and_said() -> 
         assert event["before"] == "live"
 
 
+async def test_t8_the_first_device_of_a_vm_may_not_lower_it_either() -> None:
+    async with hosts(hardware(nic(NIC), immovable(DISK))) as pair:
+        await pair.boot()
+        with pytest.raises(Refused) as refused:
+            await plug(pair, DISK)
+        assert refused.value.code == "lowers_migratability"
+        assert has(pair) == set()
+        await plug(pair, NIC)
+        assert verdict(pair) is Migratability.LIVE
+        await unplug(pair, "hostdev0")
+        assert pair.alpha.service.vm(VM).decision is None
+
+
+async def test_beside_devices_that_nothing_was_decided_about_none_is_plugged() -> None:
+    async with hosts(hardware(nic(NIC))) as pair:
+        pair.hosts["alpha"].make.passthrough_devices = ("from_profile",)
+        await pair.boot()
+        with pytest.raises(Conflict, match="from_profile") as refused:
+            await plug(pair, NIC)
+        assert refused.value.code == "devices_not_named"
+        assert len(pair.hardware["alpha"].opened) == 0
+
+
 async def test_unplugging_the_last_offending_device_raises_the_verdict_again() -> None:
     async with hosts(hardware(nic(NIC), immovable(DISK))) as pair:
         await start(pair, NIC, DISK)
