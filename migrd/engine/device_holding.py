@@ -56,7 +56,8 @@ class DeviceHolding:
 
     def hold(self, vmm: Vmm, opened: OpenDevices, objects: Sequence[str] = ()) -> None:
         """Keep `opened` until the process has exited; it is this object's to close from here on.
-        `objects`: see `objects_of`."""
+        `objects`: see `objects_of`. Does not wait, so that nobody who has a QEMU is cancelled
+        before he can say so."""
         for before in self.of(vmm.instance):  # an id may be used again when its object is gone
             names = self._objects.get(before, ())
             self._objects[before] = tuple("" if name in objects else name for name in names)
@@ -67,17 +68,9 @@ class DeviceHolding:
         )
         self._held.setdefault(instance, {})[task] = opened
 
-    async def take_over(self, vmm: Vmm, opened: OpenDevices, objects: Sequence[str]) -> None:
-        """A QEMU has all that it needs of them: hold the rest. What cannot be closed now is closed
-        with it; a QEMU that runs is not lost for that."""
-        self.hold(vmm, opened, objects)
-        try:
-            await opened.hand_over()
-        except Exception as exc:
-            log.error("descriptors of devices are kept for longer", vm=vmm.vm, cause=str(exc))
-
     async def _until_exit(self, vmm: Vmm, opened: OpenDevices) -> None:
         try:
+            await _hand_over(vmm, opened)
             with _pidfd_of(vmm, self._world) as pidfd:
                 if pidfd is not None:
                     await opened.close_at_exit(pidfd)
@@ -109,6 +102,14 @@ class DeviceHolding:
         """The daemon ends: let go of everything."""
         for instance in list(self._held):
             await self.release(instance)
+
+
+async def _hand_over(vmm: Vmm, opened: OpenDevices) -> None:
+    """What cannot be closed now is closed with the rest."""
+    try:
+        await opened.hand_over()
+    except Exception as exc:
+        log.error("descriptors of devices are kept for longer", vm=vmm.vm, cause=str(exc))
 
 
 @contextlib.contextmanager

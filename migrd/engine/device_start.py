@@ -129,7 +129,7 @@ class DeviceStart:
         except BaseException:
             await opened.close()
             raise
-        await self.holding.take_over(vmm, opened, told.iommufds)
+        self.holding.hold(vmm, opened, told.iommufds)
         return vmm
 
     async def _open(self, told: VfioLaunch) -> OpenDevices:

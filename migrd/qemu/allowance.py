@@ -62,7 +62,11 @@ def refused_devices(profile: str, rules: PassthroughRules, devices: Wanted) -> I
         field = f"devices[{number}]"
         if not rules.permits(device.address):
             allowed = ", ".join(rules.addresses or ()) or "none"
-            text = f"{device.address} is none of the devices profile {profile} allows: {allowed}"
+            text = (
+                f"{device.address} is none of the devices that profile {profile} allows "
+                f"({allowed}): take one of them or another profile, or have its "
+                "`passthrough.addresses` extended"
+            )
             yield Violation(f"{field}.address", "device_not_allowed", text)
         if not DEVICE_ID.fullmatch(device.id) or device.id.startswith(OWN_ID):
             text = f"{device.id!r} is no id for a device: letters, digits and . _ - behind a letter"

@@ -195,3 +195,23 @@ async def test_a_vm_whose_qemu_has_just_died_can_be_started_at_once(
         await pair.alpha.service.start_vm(VM)
         assert len(pair.hosts["alpha"].living(VM)) == 1
         await stop(pair)
+
+
+async def test_a_waiting_qemu_is_not_left_behind_by_a_deadline_while_its_descriptors_are_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = SimOpenDevices.hand_over
+
+    async def slow(self: SimOpenDevices) -> None:
+        await asyncio.sleep(60.0)
+        await real(self)
+
+    monkeypatch.setattr(SimOpenDevices, "hand_over", slow)
+    async with hosts(hardware(nic(NIC)), prepare_deadline_s=20.0) as pair:
+        monkeypatch.undo()
+        await start(pair, NIC)
+        monkeypatch.setattr(SimOpenDevices, "hand_over", slow)
+        view = await pair.migrate()
+        await pair.settle()
+        assert len(pair.all_living()) == 1
+        assert view.phase == Phase.SUCCEEDED, view.cause
