@@ -10,7 +10,7 @@ from typing import Any
 from migrd.core.devices import Inventory
 from migrd.core.facts import SpecDevice, VmSpec
 from migrd.core.standing import StandingDecision
-from migrd.core.tracking import TrackingPolicy
+from migrd.core.tracking import Migratability, TrackingPolicy
 from migrd.core.vfio_launch import QemuVfioFeature
 from migrd.engine.decisions import Decisions, without
 from migrd.engine.options import EngineOptions
@@ -88,8 +88,10 @@ class Deciding:
         id_ = request.id or f"hostdev{len(spec.devices)}"
         wanted = replace(spec, devices=(*spec.devices, SpecDevice(id_, request.address)))
         after = await self.defined(wanted)
-        if decision is not None and after is not None and not request.accept_lower:
-            was, would = decision.plan.migratability, after.plan.migratability
+        if after is not None and not request.accept_lower:
+            was, would = Migratability.LIVE, after.plan.migratability
+            if decision is not None:
+                was = decision.plan.migratability
             if would.rank > was.rank:
                 said = [
                     Violation(f"devices[{reason.device}]", reason.code.value, reason.message)

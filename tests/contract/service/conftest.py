@@ -11,9 +11,10 @@ from migrd.core.facts import VmSpec
 from migrd.core.migration import Policy, Request
 from migrd.core.phases import Phase
 from migrd.engine.service import Service
+from tests.engine.passthrough import hardware, hosts, immovable, nic
 from tests.fakes.service import FakeService
 from tests.fakes.virtual_time import VirtualTimeLoop
-from tests.fakes.world import Pair, running_pair
+from tests.fakes.world import Pair
 
 SLOW = Policy(max_bandwidth_bytes_per_s=1 << 20)
 """Precopy lasts for minutes: there is time to wish for something."""
@@ -95,7 +96,7 @@ async def fake_stage() -> AsyncIterator[Stage]:
 
 @asynccontextmanager
 async def real_stage() -> AsyncIterator[Stage]:
-    async with running_pair() as pair:
+    async with hosts(hardware(nic(), immovable())) as pair:
         await pair.boot("vm1")
         yield RealStage(pair)
 
