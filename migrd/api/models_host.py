@@ -186,8 +186,10 @@ class PassthroughDevice(WireModel):
     address: str | None
     """null: QEMU was given a descriptor and nobody remembers of what."""
     iommufd: str | None
+    guest_bus: str | None
+    """QEMU's id of the bus that it is on in the guest."""
     guest_address: str | None
-    """Where the guest sees it: domain, bus, slot and function."""
+    """Its slot and function there (`05.0`)."""
     migrates: bool | None
     """false: a reason of QEMU's names it; null: not known."""
     blocked_reasons: tuple[str, ...]
@@ -202,6 +204,7 @@ class PassthroughDevice(WireModel):
             id=known.id,
             address=known.address,
             iommufd=known.iommufd,
+            guest_bus=known.guest_bus,
             guest_address=known.guest_address,
             migrates=known.migrates,
             blocked_reasons=tuple(known.blocked_reasons),
