@@ -47,10 +47,9 @@ async def judge(
 ) -> tuple[Preflight, VmFacts | None, HostProfile | None]:
     """Ask both sides and compare. Raises VmmDied; everything else becomes a refusal."""
     spec = candidate.spec
-    there = with_addresses(spec, request.destination_devices)
     facts, profile, digest = await asyncio.gather(
         _source(candidate.vmm),
-        _destination(peer, there),
+        _destination(peer, with_addresses(spec, request.destination_devices)),
         _digest(world, candidate),
         return_exceptions=True,
     )
