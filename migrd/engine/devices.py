@@ -222,6 +222,17 @@ class HostDevices:
         await self._publish()
         return self.view(address)
 
+    async def is_in_use(self, address: str) -> bool:
+        """Somebody has it open: the kernel says so to who asks. False for what cannot be asked."""
+        device = self._world.inventory.current.devices.get(address)
+        if device is None:
+            return False
+        try:
+            async with asyncio.timeout(PROBE_S):
+                return _in_use(await self._world.passthrough.probe(_forgotten(device))) is not None
+        except TimeoutError:
+            return False
+
     def _ready_to_ask(self, address: str) -> Device:
         view = self.view(address)
         if not view.is_ready:

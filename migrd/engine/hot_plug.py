@@ -76,6 +76,7 @@ class HotPlug:
         )
         plan = self._judge(entry, decided, request)
         told = _told_of(plan.launch, wanted.id)
+        await self._check_same(entry, told)
         has = self.starts.world.launcher.devices_of(running) or VfioLaunch()
         if wanted.id not in _ids_of(entry) | {device.id for device in has.devices}:
             await self._plug_in(running, plan, decided, told)
@@ -85,6 +86,24 @@ class HotPlug:
     async def _circumstances(self, spec: VmSpec, entry: Entry, *, new: str) -> Circumstances:
         now = await self.starts.decisions.circumstances(spec, entry)
         return replace(now, attached=now.attached - {new})
+
+    async def _check_same(self, entry: Entry, told: VfioLaunchDevice) -> None:
+        """QEMU may have a device of this id from a try that was not recorded: it must be this one,
+        as it would be given now. Raises Refused."""
+        seen = () if entry.facts is None else entry.facts.devices
+        found = next((one for one in seen if one.id == told.id), None)
+        if found is None:
+            return
+        is_here = found.address == told.address
+        if found.address is None:  # QEMU was given a descriptor, and nobody remembers of what
+            is_here = await self.starts.devices.is_in_use(told.address)
+        if is_here and found.iommufd in (None, told.iommufd):
+            return
+        said = (
+            f"QEMU has {found.address or 'another device'} as {told.id} already, of a try that was "
+            f"not recorded: take it out first (migrd vms unplug {entry.spec.name} {told.id})"
+        )
+        raise Refused(said, [Violation("id", "given_twice", said)], code="given_twice")
 
     def _judge(self, entry: Entry, decided: Decided, request: PlugRequest) -> Plan:
         """The plan with the new device. Raises Refused."""

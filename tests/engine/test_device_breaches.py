@@ -15,7 +15,7 @@ from migrd.core.devices import Capability, DeviceMigration, Inventory, Unknown
 from migrd.core.phases import Phase
 from migrd.core.tracking import Migratability, TrackingPolicy
 from migrd.engine.service import PlugRequest
-from migrd.errors import Refused
+from migrd.errors import JournalError, Refused, Unavailable
 from tests.engine.passthrough import (
     DISK,
     NIC,
@@ -215,3 +215,29 @@ async def test_a_waiting_qemu_is_not_left_behind_by_a_deadline_while_its_descrip
         await pair.settle()
         assert len(pair.all_living()) == 1
         assert view.phase == Phase.SUCCEEDED, view.cause
+
+
+# A plug that was not recorded
+
+
+@pytest.mark.parametrize("is_remembered", [True, False])
+async def test_no_device_is_taken_for_another_that_was_plugged_and_not_recorded(
+    monkeypatch: pytest.MonkeyPatch, is_remembered: bool
+) -> None:
+    async def full(*_: object) -> None:
+        raise JournalError("no space left", code="journal_full")
+
+    third = "0000:41:00.3"
+    async with hosts(hardware(nic(NIC), nic(NIC2), nic(third))) as pair:
+        await start(pair, NIC)
+        with monkeypatch.context() as patched:
+            patched.setattr(pair.alpha.journal, "put_vm", full)
+            with pytest.raises(Unavailable):
+                await plug(pair, NIC2)
+        pair.hosts["alpha"].make.forgets_addresses = not is_remembered
+        with pytest.raises(Refused) as refused:
+            await plug(pair, third)
+        assert refused.value.code == "given_twice"
+        assert "unplug vm1 hostdev1" in refused.value.message
+        await plug(pair, NIC2)
+        assert [d.address for d in pair.alpha.service.vm(VM).spec.devices] == [NIC, NIC2]

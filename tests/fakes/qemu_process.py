@@ -71,6 +71,8 @@ class Make:
     vfio_features: frozenset[QemuVfioFeature] = frozenset(QemuVfioFeature)
     refuses_plug: str | None = None
     """Its reason not to take a device."""
+    forgets_addresses: bool = False
+    """It was given descriptors, and nobody remembers of what."""
     guest_lets_go: bool | None = True
     """Of a device that is to be unplugged; False: it says no, None: it says nothing."""
     blocks_migration: frozenset[str] = frozenset()

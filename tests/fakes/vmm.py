@@ -158,7 +158,7 @@ class FakeVmm:
 
     def _devices(self) -> tuple[PassthroughFacts, ...]:
         qemu = self.qemu
-        states = dict(qemu.device_states)
+        states, forgets = dict(qemu.device_states), qemu.make.forgets_addresses
         facts = []
         for id_ in qemu.device_ids:
             given = qemu.devices.get(id_)
@@ -166,7 +166,7 @@ class FakeVmm:
             facts.append(
                 PassthroughFacts(
                     id=id_,
-                    address=given.address if given is not None else None,
+                    address=None if given is None or forgets else given.address,
                     iommufd=given.iommufd if given is not None else None,
                     guest_bus=given.guest_bus if given is not None else None,
                     guest_address=given.guest_address if given is not None else None,
