@@ -98,7 +98,7 @@ def test_every_quantity_carries_its_unit(document: dict[str, Any]) -> None:
     """A number is a count, an id, a version, a percentage, or it says its unit."""
     unitless = {"generation", "resource_version", "epoch", "id", "pid", "status", "number"}
     unitless |= {"hardware_type", "iommu_group", "numa_node", "first_rung", "next_rung"}
-    unitless |= {"iommufd", "hwpt_id"}
+    unitless |= {"iommufd", "hwpt_id", "amplification"}
     counted = {"rounds", "vms", "queue_position", "round_number", "postcopy_requests", "devices"}
     slots = {f"{way}_{what}" for way in ("outgoing", "incoming") for what in ("slots", "active")}
     unit = re.compile(r"(_ms|_s|_bytes|_bytes_per_s|_pages_per_s|_percent|_channels)$")
