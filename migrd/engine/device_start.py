@@ -60,14 +60,17 @@ class DeviceStart:
 
     async def probe(self, spec: VmSpec) -> None:
         """One after the other: each is bound to an iommufd of its own for a moment, nothing is
-        attached. None when the profile forbids one: who decides next is told so. Raises Unavailable
-        when one does not answer."""
+        attached. None when the profile forbids one: who decides next is told so; none that another
+        VM has, or is just getting: its QEMU could not bind it meanwhile. Raises Unavailable when
+        one does not answer."""
         if not await self.decisions.is_allowed(spec):
             return
         known = self.world.inventory.current.devices
         for wanted in spec.devices:
             device = known.get(wanted.address)
             if device is None or not _answers(device) or not may_be_asked(device):
+                continue
+            if self.decisions.users().get(wanted.address, spec.name) != spec.name:
                 continue
             try:
                 async with asyncio.timeout(PROBE_S):

@@ -241,3 +241,21 @@ async def test_no_device_is_taken_for_another_that_was_plugged_and_not_recorded(
         assert "unplug vm1 hostdev1" in refused.value.message
         await plug(pair, NIC2)
         assert [d.address for d in pair.alpha.service.vm(VM).spec.devices] == [NIC, NIC2]
+
+
+async def test_a_source_cannot_have_a_device_touched_that_a_vm_here_has() -> None:
+    """Bound for a question, it could not be bound by the QEMU that is just starting."""
+    async with hosts(hardware(nic(NIC)), hardware(nic(NIC), nic(NIC2, **_UNASKED))) as pair:
+        await start(pair, NIC)
+        there = pair.beta.service
+        await there.define_vm(spec_of(NIC2, name="other"), dry_run=False)
+        await there.start_vm("other")
+        hardware_there = pair.hardware["beta"]
+        hardware_there.inventory._probed.clear()  # as after a restart of the daemon
+        await hardware_there.inventory.rescan()
+        hardware_there.probes.clear()
+        view = await pair.migrate(destination_devices={"hostdev0": NIC2})
+        assert view.phase == Phase.REFUSED
+        assert "in_use" in {refusal.code for refusal in view.refusals}
+        assert hardware_there.probes == []
+        await stop(pair, "other", on="beta")
