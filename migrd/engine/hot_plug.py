@@ -185,12 +185,14 @@ class HotPlug:
         self.vms.changed(entry)
 
     async def _define(self, entry: Entry, spec: VmSpec) -> None:
-        """A VM that does not run: only its definition changes."""
+        """A VM that does not run: only its definition changes. To take a device away nothing has
+        to be right with the others, which may be the next to go. Raises Refused."""
         decisions, world = self.starts.decisions, self.starts.world
         decision: StandingDecision | None = None
         if spec.devices:
             decided = await decisions.decide(spec, await decisions.circumstances(spec))
-            decided.require()
+            if set(spec.devices) - set(entry.spec.devices):
+                decided.require()
             decision = decided.stands(world.clock.wall_s())
         await world.journal.put_vm(replace(entry.stored(), spec=spec, decision=decision))
         entry.spec = spec

@@ -259,3 +259,18 @@ async def test_a_source_cannot_have_a_device_touched_that_a_vm_here_has() -> Non
         assert "in_use" in {refusal.code for refusal in view.refusals}
         assert hardware_there.probes == []
         await stop(pair, "other", on="beta")
+
+
+# What is in nobody's way
+
+
+async def test_devices_that_are_gone_can_be_taken_out_of_a_stopped_vm_one_by_one() -> None:
+    async with hosts(hardware(nic(NIC), nic(NIC2))) as pair:
+        service = pair.alpha.service
+        await service.define_vm(spec_of(NIC, NIC2), dry_run=False)
+        pair.hardware["alpha"].inventory.unplug(NIC, NIC2)
+        await until(lambda: not pair.hardware["alpha"].inventory.current.devices)
+        for id_ in ("hostdev0", "hostdev1"):
+            await service.unplug_device(VM, id_, by="test")
+        assert service.vm(VM).spec.devices == ()
+        assert service.vm(VM).decision is None
