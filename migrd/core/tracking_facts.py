@@ -128,7 +128,8 @@ def _traits(one: VmDevice, request: TrackingRequest, *, legacy: bool) -> Traits:
     if own.answer is UNKNOWN and iommu is not None and iommu.dirty_tracking.answer is not UNKNOWN:
         capability = iommu.dirty_tracking
     behind = device.kind is DeviceKind.VFIO_PCI or device.iommu is not None or own.is_yes
-    can_track = behind and not legacy and one.id not in request.downgraded
+    excluded = legacy or one.id in request.downgraded or _is_elsewhere(one, request)
+    can_track = behind and not excluded
     flags = device.migration.flags
     migrates = device.migration.can.answer
     return Traits(
@@ -143,6 +144,11 @@ def _traits(one: VmDevice, request: TrackingRequest, *, legacy: bool) -> Traits:
         migrates=migrates,
         p2p=migrates if migrates is not YES else (YES if MigrationFlag.P2P in flags else NO),
     )
+
+
+def _is_elsewhere(one: VmDevice, request: TrackingRequest) -> bool:
+    """The running VM has it in none of its iommufd objects: so on the legacy interface."""
+    return one.attached and not any(one.id in part.devices for part in request.standing)
 
 
 def group_of(one: Traits) -> int | None:

@@ -13,7 +13,15 @@ import pytest
 
 from migrd.core.devices import Capability, DeviceMigration, Inventory, Unknown
 from migrd.core.phases import Phase
-from migrd.core.tracking import Migratability, TrackingPolicy
+from migrd.core.tracking import (
+    Migratability,
+    StandingObject,
+    TrackingPolicy,
+    TrackingRequest,
+    VmDevice,
+    decide,
+)
+from migrd.core.vfio_launch import QemuVfioFeature
 from migrd.engine.service import PlugRequest
 from migrd.errors import JournalError, Refused, Unavailable
 from tests.engine.passthrough import (
@@ -30,6 +38,7 @@ from tests.engine.passthrough import (
     untracked,
 )
 from tests.fakes.hardware import SimOpenDevices
+from tests.fakes.inventory import CAN
 from tests.fakes.virtual_time import until
 from tests.fakes.world import VM, Pair
 
@@ -274,3 +283,19 @@ async def test_devices_that_are_gone_can_be_taken_out_of_a_stopped_vm_one_by_one
             await service.unplug_device(VM, id_, by="test")
         assert service.vm(VM).spec.devices == ()
         assert service.vm(VM).decision is None
+
+
+def test_a_device_that_a_running_qemu_has_outside_its_iommufd_objects_makes_no_vm_live() -> None:
+    """As an adopted QEMU may have it: type1 tracks nothing, whatever the IOMMU could."""
+    request = TrackingRequest(
+        devices=(
+            VmDevice("legacy", nic(NIC), attached=True),
+            VmDevice("modern", nic(NIC2), attached=True),
+        ),
+        qemu=frozenset(QemuVfioFeature),
+        iommus={CAN.name: CAN},
+        standing=(StandingObject("iommufd0", ("modern",), saw_iommu_tracking=True),),
+    )
+    plan = decide(request)
+    assert plan.migratability is not Migratability.LIVE
+    assert {reason.device for reason in plan.limits} >= {"legacy"}
