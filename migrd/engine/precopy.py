@@ -30,6 +30,7 @@ from migrd.engine.first_look import first_look
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView
 from migrd.engine.rounds import RoundCounter, record_decision, record_round
+from migrd.engine.stopped_copy import StoppedCopy
 from migrd.errors import MigrdError, PeerError, PeerRefused, VmmDied, VmmError, VmmRefused
 
 TICK_S: Final = 0.5
@@ -65,6 +66,7 @@ async def run_precopy(m: Outgoing) -> MigrationEvent:
     steering = Steering(m)
     try:
         async with steering.watching_destination():
+            await steering.stopped.begin()
             await steering.begin()
             # Opened only now: a look from before `migrate` shows how the last migration ended.
             async with m.vmm.feed() as feed:
@@ -75,6 +77,8 @@ async def run_precopy(m: Outgoing) -> MigrationEvent:
                         return event
     except VmmDied as exc:
         return await steering.after_death(exc)
+    finally:
+        steering.stopped.end()
 
 
 class Steering:
@@ -89,6 +93,7 @@ class Steering:
         self._last: Decision | None = None
         self._taken_over = m.resumed
         self._began_at_s = float("-inf")
+        self.stopped = StoppedCopy(m)
 
     async def begin(self) -> None:
         """Issue `migrate`, unless QEMU's migration is already under way (we were restarted)."""
@@ -134,7 +139,7 @@ class Steering:
         if m.policy_changed.is_set():
             m.policy_changed.clear()
             await self._set_limits()
-        return await self._steer(now_s) or self._stalled(now_s)
+        return self.stopped.overdue(now_s) or await self._steer(now_s) or self._stalled(now_s)
 
     def _note(self, sample: TransferSample, now_s: float) -> None:
         m, before = self._m, self._m.sample
@@ -155,8 +160,7 @@ class Steering:
                 m.ahead.begin_switchover(m.vmm.continue_switchover())
             self._record_qemus_decision(sample)
             m.may_have_run = sample.qemu_status is not QemuStatus.PRE_SWITCHOVER
-            stopped_at_s = sample.stopped_at_s or sample.at_s
-            return m.event(Trigger.SWITCHOVER_REACHED, stopped_at_s=stopped_at_s)
+            return m.event(Trigger.SWITCHOVER_REACHED, stopped_at_s=self.stopped.since_s(sample))
         if sample.qemu_status is QemuStatus.FAILED:
             return m.failed("transfer_failed", await why_failed(m, sample))
         if sample.qemu_status is QemuStatus.CANCELLED:
@@ -334,9 +338,8 @@ class Steering:
     async def after_death(self, exc: VmmDied) -> MigrationEvent:
         """The source process is gone. It has not completed without our migrate-continue; if an
         earlier daemon may have said that, only the destination knows whether it has everything."""
-        m = self._m
+        m, text = self._m, f"{exc.message} while the guest was being copied"
         if not self._taken_over:
-            text = f"{exc.message} while the guest was being copied"
             return m.event(Trigger.GUEST_DIED, cause=Cause(exc.code, text))
         view = await _last_word(m)
         if view is not None and view.phase is DestinationPhase.REFUSED:

@@ -9,6 +9,7 @@ Rules (design measurements on QEMU 7.2 and 10.0):
 - numbers vanish with `failed` and `cancelled`; events are told once, and never repeated;
 - while a stalled stream is written in status `device`, no in-band command is answered, on any
   monitor. What was sent then takes effect later. `yank` is answered always;
+- what a device writes that came with enable-migration=on, watched by nothing, is not sent again;
 - passthrough devices come with the launch or are plugged, and go when the guest lets go of them;
   while a migration runs they stay. One whose state cannot be moved is reset, the migration fails
   and the guest runs on.
@@ -318,6 +319,13 @@ class FakeQemu:
             raise VmmRefused(f"State blocked by {self.blocked_reasons[0]}")
         if self.run_state is RunState.INMIGRATE:
             raise VmmRefused("Guest is waiting for an incoming migration")
+        unwatched = [
+            id_
+            for id_, device in self.devices.items()
+            if device.properties.get("enable-migration") == "on"
+        ]
+        if self.is_running and unwatched:
+            self.guest.violate(f"P5: what {unwatched} write from now on is not sent again")
         self.numbers = Numbers()
         self.transfer = Transfer(self, address.port)
         self.transfer.start()
