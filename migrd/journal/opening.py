@@ -30,11 +30,13 @@ import structlog
 from migrd.errors import JournalError
 from migrd.journal import schema
 from migrd.journal.faults import journal_error
-from migrd.journal.owner import LastOwner, Ownership, this_boot
+from migrd.journal.owner import LastOwner, Ownership
 from migrd.journal.wal import WalCorrupt, WalFacts, read_wal
 
 _LOG_ROOM_BYTES: Final = 1 << 20
 _LOG_ROOM_FRAME_BYTES: Final = 4096 + 24
+_MAY_BE_TORN: Final = 1
+"""Commits: what the end of the writer, in whatever way, can leave half written (journal.wal)."""
 _RESTORE: Final = (
     "restore the journal of this host from before the damage, or, once you know where each of its"
     " guests runs, move journal, -wal and .lock away to begin anew"
@@ -148,9 +150,7 @@ def _look_at_log(path: Path, wal: Path, last: LastOwner) -> WalFacts:
             facts = read_wal(wal)
     except WalCorrupt as failure:
         raise JournalError(f"{wal}: {failure}: {_RESTORE}", code="journal_corrupt") from None
-    # only a power cut can leave a commit that was written in part
-    may_be_torn = 0 if last.boot and last.boot == this_boot() else 1
-    if facts.lost_commits > may_be_torn:
+    if facts.lost_commits > _MAY_BE_TORN:
         raise JournalError(
             f"{wal}: damaged after commit {facts.commits}; {facts.lost_commits} later ones, which"
             f" may say where a guest runs, cannot be read: {_RESTORE}",

@@ -3,14 +3,14 @@
 Beside the journal lies `<journal>.lock`. Whoever holds its flock owns the journal; the kernel lets
 go of it when the process ends, however it ends. Its one line is a note for the next owner:
 
-    {"pid": 4711, "boot": "<boot id>", "state": "open" | "closed"}
+    {"pid": 4711, "state": "open" | "closed"}
 
     closed  the journal was checkpointed into its one file: that file must be there
     open    the owner did not close it: the write-ahead log must be there too
     (none)  no journal has been made here yet
 
 So a journal that was deleted, or restored without its log, is noticed, instead of being replaced by
-an empty one that knows of no guest. The boot id tells a power cut from the death of a process.
+an empty one that knows of no guest.
 """
 
 import fcntl
@@ -19,11 +19,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 from migrd.errors import JournalError
-
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -31,16 +29,7 @@ class LastOwner:
     """What the note says; None where there is none."""
 
     pid: int | None = None
-    boot: str | None = None
     state: str | None = None
-
-
-def this_boot() -> str:
-    """Names the time since this machine was started; "" where the kernel does not say."""
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:
-        return ""
 
 
 class Ownership:
@@ -80,13 +69,13 @@ class Ownership:
         note = os.pread(self._fd, 4096, 0)
         try:
             said = json.loads(note)
-            return LastOwner(int(said["pid"]), str(said["boot"]), str(said["state"]))
+            return LastOwner(int(said["pid"]), str(said["state"]))
         except (ValueError, KeyError, TypeError):
             return LastOwner()  # new, or torn by a power cut while it was made
 
     def note(self, state: str) -> None:
         """Leave a note for the next owner, durable on return."""
-        line = json.dumps({"pid": os.getpid(), "boot": this_boot(), "state": state})
+        line = json.dumps({"pid": os.getpid(), "state": state})
         # always as long, so that no old character stays behind a shorter line
         os.pwrite(self._fd, f"{line:<254}\n".encode(), 0)
         os.fsync(self._fd)

@@ -8,8 +8,9 @@ later GRANT with it. So the log is read here first (format: sqlite.org/fileforma
       salts    same salts: of this run of the log; other salts: left over from the run before
 
 - Commits after the first bad frame say what it was. There is one writer and it waits for each
-  fsync, so a power cut can leave at most one (written, never acknowledged), and the death of the
-  process alone leaves none: the kernel keeps its pages.
+  fsync, so a power cut can leave at most one (written, never acknowledged). So can the death of the
+  process alone: SQLite writes a frame's header and its page in two calls, over what an older run of
+  the log left there, and a kill between the two leaves a commit with another page's content.
 - The last good image of page 1 tells the schema version without opening, thus altering, the file.
 
 Costs about 0.2 ms a page; the log is a few hundred pages long as a rule.

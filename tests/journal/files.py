@@ -1,7 +1,6 @@
 """What tests do to a journal behind its back."""
 
 import contextlib
-import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -39,10 +38,3 @@ def contents(directory: Path) -> dict[str, bytes]:
         for file in sorted(directory.iterdir())
         if not file.name.endswith(".lock")
     }
-
-
-def as_after_a_power_cut(path: Path) -> None:
-    """Make the journal believe that its last owner lived in another boot."""
-    lock = path.with_name(path.name + ".lock")
-    note = json.loads(lock.read_text())
-    lock.write_text(json.dumps({**note, "boot": "another"}))
