@@ -88,6 +88,11 @@ class DeviceHolding:
             self._held.pop(instance, None)
             self._rates.pop(instance, None)
 
+    def let_go_of(self, instance: str, address: str) -> None:
+        """This QEMU has a device no longer: others may have it. The iommufds stay with the rest."""
+        for opened in self.of(instance):
+            opened.let_go_of(address)
+
     async def release(self, instance: str) -> None:
         """Let go now: the process is gone, or nobody is to hold its devices any more."""
         held = dict(self._held.get(instance, {}))

@@ -84,6 +84,10 @@ class OpenDevices(Protocol):
         """Is the range mapped without holes, at this moment? Reads no page table entry. Raises
         KernelError."""
 
+    def let_go_of(self, address: str) -> None:
+        """The VMM has this device no longer: it may be asked, or opened for another VM. Nothing
+        happens for one that is not among them."""
+
     async def close_at_exit(self, pidfd: int) -> None:
         """Close everything when the process of `pidfd` has exited; until then, or cancelled, wait.
         The pidfd stays the caller's, who may close it meanwhile."""

@@ -221,6 +221,8 @@ class HotPlug:
             ) from exc
         except VmmRefused as exc:
             raise Conflict(exc.message, code=exc.code) from exc
+        for address in _addresses_of(entry, id_):
+            self.starts.holding.let_go_of(running.instance, address)
         await self._without(entry, running, spec)
         log.info("unplugged", vm=spec.name, device=id_, by=by)
 
@@ -275,6 +277,13 @@ def _with(spec: VmSpec, device: SpecDevice) -> VmSpec:
 
 def _running(entry: Entry) -> Vmm | None:
     return None if entry.vmm is None or entry.vmm.is_dead else entry.vmm
+
+
+def _addresses_of(entry: Entry, id_: str) -> set[str]:
+    """Of a device, as defined and as QEMU told of it."""
+    seen = () if entry.facts is None else entry.facts.devices
+    told = {device.address for device in seen if device.id == id_ and device.address is not None}
+    return told | {device.address for device in entry.spec.devices if device.id == id_}
 
 
 def _ids_of(entry: Entry) -> frozenset[str]:

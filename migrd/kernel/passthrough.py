@@ -19,7 +19,7 @@ Rules
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -116,7 +116,7 @@ class KernelPassthrough:
                     code="device_in_use",
                 )
         self._lent.update(addresses)
-        return KernelOpenDevices(partial(self._lent.difference_update, addresses))
+        return KernelOpenDevices(addresses, self._lent.difference_update)
 
     async def _probe_over(self, address: str) -> None:
         probe = self._probing.get(address)
@@ -176,8 +176,11 @@ async def _ended(probe: _Probe) -> bool:
 class KernelOpenDevices:
     """`OpenDevices` on this host's kernel."""
 
-    def __init__(self, released: Callable[[], object]) -> None:
-        self._released = released
+    def __init__(
+        self, addresses: Iterable[str], give_back: Callable[[Iterable[str]], object]
+    ) -> None:
+        self._addresses = set(addresses)
+        self._give_back = give_back
         self._iommufds: list[Iommufd] = []
         self._devices: dict[str, VfioDevice] = {}
         self._hwpts: dict[HwptRef, ForeignHwpt] = {}
@@ -249,6 +252,12 @@ class KernelOpenDevices:
             )
         return foreign
 
+    def let_go_of(self, address: str) -> None:
+        """See the port."""
+        if address in self._addresses:
+            self._addresses.discard(address)
+            self._give_back([address])
+
     async def close_at_exit(self, pidfd: int) -> None:
         """See the port. Raises KernelGone for a descriptor that is not open."""
         await _readable(pidfd)
@@ -262,12 +271,8 @@ class KernelOpenDevices:
         try:
             await in_thread(_close_all, [*devices.values(), *iommufds])
         finally:  # cancelled too: it waits until they are closed
-            released, self._released = self._released, _nothing  # they may be another VM's next
-            released()
-
-
-def _nothing() -> None:
-    pass
+            mine, self._addresses = self._addresses, set()  # they may be another VM's next
+            self._give_back(mine)
 
 
 def _close_all(opened: Sequence[VfioDevice | Iommufd]) -> None:

@@ -127,6 +127,15 @@ async def test_unplugging_the_last_offending_device_raises_the_verdict_again() -
         assert pair.alpha.service.device(DISK).in_use_by is None
 
 
+async def test_a_device_that_was_unplugged_can_be_asked_and_given_again() -> None:
+    async with hosts(hardware(nic(NIC), nic(NIC2))) as pair:
+        await start(pair, NIC, NIC2)
+        await unplug(pair, "hostdev1")
+        await pair.alpha.service.probe_device(NIC2, by="test")
+        await plug(pair, NIC2, accept=True)
+        assert has(pair) == {"hostdev0", "hostdev1"}
+
+
 async def test_under_require_no_device_is_added_that_cannot_be_tracked() -> None:
     async with hosts(hardware(nic(NIC), untracked(DISK))) as pair:
         await start(pair, NIC, policy=TrackingPolicy.REQUIRE)

@@ -60,7 +60,7 @@ class Hardware:
             if not qemu.is_dead and address in {d.address for d in qemu.devices.values()}:
                 return f"QEMU {qemu.pid}"
         for one in self.opened:
-            if address in one.device_fds:
+            if address in one.addresses:
                 return "migrd"
         return None
 
@@ -142,6 +142,8 @@ class SimOpenDevices:
     def __init__(self, hardware: Hardware, addresses: Sequence[str], iommufds: int) -> None:
         self._hardware = hardware
         self.iommufds: Sequence[int] = [next(_FDS) for _ in range(iommufds)]
+        self.addresses = set(addresses)
+        """Of devices that nobody else may have, whoever has their descriptors."""
         self.device_fds: Mapping[str, int] = {address: next(_FDS) for address in addresses}
         self.pid: int | None = None
         """Of the QEMU whose end is waited for."""
@@ -164,6 +166,9 @@ class SimOpenDevices:
     async def is_mapped(self, hwpt: HwptRef, iova: int, length_bytes: int) -> bool:
         return iova + length_bytes <= self._hardware.host.ground.load.memory_bytes
 
+    def let_go_of(self, address: str) -> None:
+        self.addresses.discard(address)
+
     async def close_at_exit(self, pidfd: int) -> None:
         self.pid = PIDS[pidfd]
         gone = asyncio.Event()
@@ -179,7 +184,7 @@ class SimOpenDevices:
 
     def close_now(self) -> None:
         self.is_closed = True
-        self.iommufds, self.device_fds = [], {}
+        self.iommufds, self.device_fds, self.addresses = [], {}, set()
         if self in self._hardware.opened:
             self._hardware.opened.remove(self)
 

@@ -74,6 +74,8 @@ class FakeOpenDevices:
         took_s = length_bytes / PAGE * self.page_cost_s
         return DirtyPeek(hwpt, iova, length_bytes, page_size_bytes, dirty, took_s)
 
+    def let_go_of(self, address: str) -> None: ...
+
     async def close_at_exit(self, pidfd: int) -> None:
         """A test that needs the end of the process calls `exit`."""
         await self._exited.wait()
