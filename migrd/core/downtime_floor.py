@@ -59,7 +59,7 @@ def above_limit(limit_s: float | None, blackout: float | None) -> Iterator[Reaso
         yield Reason(
             ReasonCode.BLACKOUT_ABOVE_LIMIT,
             None,
-            f"with all memory taken for dirty the guest would stand still for {_ms(blackout)} ms; "
+            f"copied whole, the guest would stand still for {_ms(blackout)} ms; "
             f"the limit is {limit_s * 1000:.0f} ms",
             f"allow {_ms(blackout)} ms, or see what keeps the VM from being live",
         )

@@ -81,7 +81,7 @@ class Partition:
     is_safe: bool
     """False: some device's DMA could go unseen at a migration however they are arranged."""
     may_copy_all: frozenset[str]
-    """Devices that, if nothing watches them, may still be migrated by taking all memory for dirty:
+    """Devices that, if nothing watches them, may still be migrated, with the guest stopped first:
     no page table with tracking can be in their container, nor was one (H3, H4)."""
 
     @property

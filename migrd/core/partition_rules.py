@@ -2,8 +2,9 @@
 
 For QEMU each iommufd object is a container of its own, and at a migration it watches each container
 in one way: by the devices' own logs if all of its devices log, else by its page tables with dirty
-tracking if it has any, else it takes everything for dirty. So two devices in one container may
-leave one of them unwatched, without an error:
+tracking if it has any, else not at all (QEMU 10 takes no memory for dirty then, seen in the lab: a
+VM with such a container is stopped before it is copied). So two devices in one container may leave
+one of them unwatched, without an error:
 
     loses_dirt        only by its own log x only by IOMMU   the page tables are read, the log is
                                                             never started (H2)

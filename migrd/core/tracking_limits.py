@@ -2,14 +2,15 @@
 
     a device does not migrate                       -> needs_unplug
     two migrate, one of them without P2P            -> needs_unplug  (QEMU stops them one by one)
-    nothing is proven to watch its DMA              -> stop_and_copy, where QEMU may be told to take
-                                                       all memory for dirty; else needs_unplug
+    nothing is proven to watch its DMA              -> stop_and_copy, where QEMU may be told to
+                                                       migrate it; else needs_unplug
     it logs its own DMA under a vIOMMU              -> needs_unplug
 
 What rests on an unknown carries the probe, and the certain half of it is then only a note: whether
 a device without a log is tracked at all depends on its IOMMU alone.
 
-QEMU takes all memory for dirty only with enable-migration=on. That is never given where another
+QEMU migrates such a device only with enable-migration=on, and takes no memory for dirty because of
+it: the guest is stopped before it is copied (engine.stopped_copy). It is never given where another
 device of the same container may have a page table with tracking (H3), nor where a blocker would
 turn into a failure to start: missing P2P, a vIOMMU.
 """
@@ -145,9 +146,9 @@ def _why_not_iommu(one: Traits, layout: Layout, lowers: Migratability | None) ->
 
 
 def _against_copying(one: Traits, layout: Layout) -> Iterator[Reason]:
-    """Why QEMU cannot be told to take all memory for dirty for this device; notes."""
+    """Why QEMU cannot be told to migrate this device though nothing watches it; notes."""
     request, standing = layout.request, layout.request.standing_devices.get(one.id)
-    cannot = "so QEMU cannot be told to take all memory for dirty for it"
+    cannot = "so QEMU cannot be told to migrate it unwatched"
     if request.has_viommu:
         why = f"the VM has a vIOMMU, {cannot}"
         yield Reason(ReasonCode.VIOMMU_PRESENT, one.id, why, "start the VM without a vIOMMU")

@@ -13,8 +13,8 @@ lab shows the same holes on a real one. What is modelled:
    nothing that tracks this device (let through with "on"), a second migrating device while one
    lacks P2P, an enabled device log under a vIOMMU. Each is a blocker; with "on" a failed start.
 4. Start of a migration, one way per container: all its devices log and may: their logs; else if
-   `dirty_pages_supported`: the page tables with tracking, and nothing else; else all memory is
-   taken for dirty.
+   `dirty_pages_supported`: the page tables with tracking, and nothing else; else nothing at all,
+   which is sound for a guest that is stopped before it is copied (ALL_DIRTY).
 5. The legacy group interface: one container, which takes all memory for dirty unless all log.
 
 Not modelled: what the guest maps, sizes, errors of a migration under way.
@@ -37,6 +37,7 @@ class Seen(StrEnum):
     LOG = "log"
     PAGE_TABLE = "page_table"
     ALL_DIRTY = "all_dirty"
+    """By stopping the guest, and its devices, before anything is copied."""
     UNSEEN = "unseen"
     """Lost: the destination goes on with old memory."""
 
