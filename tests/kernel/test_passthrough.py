@@ -140,6 +140,24 @@ async def test_a_device_that_is_open_for_a_vm_is_neither_opened_again_nor_probed
         await passthrough.open([device_at(path), device_at(path)], 1)
 
 
+async def test_a_device_that_its_vmm_let_go_of_is_the_next_vms_and_stays_so(
+    kernel: VfioKernel, passthrough: KernelPassthrough
+) -> None:
+    one, other = (
+        device_at(kernel.add(SimDevice(), Iommu.TRACKS), f"0000:41:00.{n}") for n in (2, 3)
+    )
+    first = await passthrough.open([one, other], 1)
+    await first.hand_over()
+    first.let_go_of(one.address)
+    assert (await passthrough.probe(one)).iommu_dirty_tracking.is_yes
+    second = await passthrough.open([one], 1)
+    await first.close()
+    with pytest.raises(KernelBusy):
+        await passthrough.open([one], 1)
+    await (await passthrough.open([other], 1)).close()
+    await second.close()
+
+
 async def test_opening_waits_for_a_probe_to_end(
     kernel: VfioKernel, passthrough: KernelPassthrough
 ) -> None:
