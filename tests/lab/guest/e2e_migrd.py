@@ -13,6 +13,7 @@ is a process and a session of its own.
 - mtty says that it logs its own DMA, and its log is a stub that reports nothing. Neither migrd nor
   QEMU can know that. So a daemon is told here that there is no such log (ENOTTY, as the kernel says
   of most devices), and its QEMUs leave it alone by `-global` of their profile (e2e_fleet.py).
+- QEMU is given ten times as long to answer: it is emulated within an emulation.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from functools import partial
 from typing import Any
 
 PEEK, CLEARING, SWITCHED = "peek", "clearing read", "tracking switched"
+SLOWNESS = 10
 
 
 def observe(path: str) -> None:
@@ -73,6 +75,18 @@ def without_dma_log() -> None:
     vars(daemon)["KernelPassthrough"] = partial(KernelPassthrough, system=system)
 
 
+def be_patient() -> None:
+    from migrd import daemon
+    from migrd.qemu.launch import START_DEADLINE_S, QemuLauncher
+    from migrd.qemu.qmp import DEFAULT_DEADLINE_S
+
+    vars(daemon)["QemuLauncher"] = partial(
+        QemuLauncher,
+        start_deadline_s=SLOWNESS * START_DEADLINE_S,
+        call_deadline_s=SLOWNESS * DEFAULT_DEADLINE_S,
+    )
+
+
 def serve(config: str, log: str, calls: str) -> None:
     """Be a daemon, to its end."""
     from migrd.__main__ import main as migrd
@@ -92,6 +106,7 @@ def serve(config: str, log: str, calls: str) -> None:
 
 def main() -> None:
     without_dma_log()
+    be_patient()
     import migrd.__main__
     import migrd.daemon  # noqa: F401 - what the daemons share
 
