@@ -13,12 +13,12 @@ as distinct pages dirtied per second, which saturates at the working set: a work
 than (L - c) * B always converges, and that shows in R itself, so R is looked at before lambda.
 
 A throttle of p leaves D * (1 - p). One step is computed from the rounds, p = 1 - AIM * B / D,
-instead of climbing by tens: on real QEMU that costs the guest less than half the time (design
-measurements).
+instead of climbing by tens: on real QEMU that costs the guest less than half the time.
 
 Nothing here is certain: `converges` is None until two rounds were seen.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -103,7 +103,7 @@ def estimate(rounds: Sequence[Round], policy: Policy) -> Estimate:
     dirty = None
     if last.dirty_pages_per_s is not None:
         dirty = last.dirty_pages_per_s * last.page_size_bytes
-    if not bandwidth:
+    if bandwidth is None or not 1 <= bandwidth < math.inf:  # as good as none
         return Estimate(None, None, None, dirty, None)
     blackout = FIXED_COST_S + last.remaining_bytes / bandwidth
     converges = _converges(rounds, policy, bandwidth, dirty)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from migrd.core.convergence import (
@@ -181,6 +181,8 @@ some_policies = st.builds(
 
 
 @PROPERTY
+@example([round_(1, 1.0, sent_mib=5e-324)], Policy(), 0, False)
+@example([round_(1, 1.0, duration_s=5e-324)], Policy(), 0, False)
 @given(some_rounds, some_policies, st.integers(0, 99), st.booleans())
 def test_any_rounds_get_a_verdict_and_finite_figures(
     rounds: list[Round], policy: Policy, throttle: int, postcopy: bool
