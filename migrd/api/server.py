@@ -275,7 +275,8 @@ def is_loopback(host: str) -> bool:
 def bind_unix(
     path: Path, *, mode: int, uid: int = -1, gid: int = -1
 ) -> tuple[socket.socket, tuple[int, int]]:
-    """A bound socket with its final owner and mode, not listening yet, and its (device, inode).
+    """A listening socket with its final owner and mode, and its (device, inode). It listens before
+    the next one looks: a socket that does not is taken for one that was left behind.
 
     Blocking. Raises ConfigError.
     """
@@ -290,6 +291,7 @@ def bind_unix(
             except OSError:
                 path.unlink()
                 raise
+            sock.listen()
             found = os.stat(path)
         sock.setblocking(False)
     except OSError as error:

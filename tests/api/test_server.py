@@ -81,7 +81,6 @@ def test_of_daemons_that_start_together_one_wins_and_is_not_displaced(tmp_path: 
         except ConfigError as error:
             refused.append(error)
         else:
-            sock.listen()
             won.append(sock)
 
     threads = [threading.Thread(target=start) for _ in range(8)]

@@ -181,7 +181,7 @@ class Fleet:
                     if log not in self._listening:
                         tap = SerialTap(f"{host.name}/{log.parent.name}")
                         self.taps.append(tap)
-                        self._listening[log] = asyncio.create_task(_follow(tap, log))
+                        self._listening[log] = asyncio.create_task(tap.follow(log))
             await asyncio.sleep(0.005)
 
     async def stop_listening(self) -> None:
@@ -268,11 +268,6 @@ class Fleet:
 
     async def log_of(self, host: str) -> str:
         return await asyncio.to_thread(self.hosts[host].log.read_text, errors="replace")
-
-
-async def _follow(tap: SerialTap, log: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # gone as soon as seen: it has said nothing
-        await tap.follow(log)
 
 
 def _serial_logs(below: Path) -> list[Path]:

@@ -103,7 +103,7 @@ async def test_a_qemu_that_hangs_for_a_moment_in_precopy_is_waited_for(
 async def test_a_source_that_hangs_while_it_is_rolled_back_is_not_guessed_about(
     short_tmp_path: Path, newer: Path
 ) -> None:
-    quick = {"alpha": {"migration": "stall_s = 1.5\nrollback_deadline_s = 2.0\n"}}
+    quick = {"alpha": {"migration": "stall_s = 4.0\nrollback_deadline_s = 2.0\n"}}
     async with running(short_tmp_path, newer, settings=quick) as two:
         migration = await in_precopy(two)
         (pid,) = await two.qemus("alpha")
