@@ -14,15 +14,24 @@ from migrd.errors import ConfigError
 from tests.api.running import Api, running, until
 
 
-def test_the_socket_has_its_mode_and_group_before_anybody_can_connect(tmp_path: Path) -> None:
-    path = tmp_path / "s.sock"
-    sock, _ = bind_unix(path, mode=0o660, gid=os.getgid())
-    with sock, socket.socket(socket.AF_UNIX) as early:
-        found = path.stat()
-        assert stat.S_IMODE(found.st_mode) == 0o660
-        assert found.st_gid == os.getgid()
-        with pytest.raises(ConnectionRefusedError):
+def test_the_socket_has_its_mode_and_group_before_anybody_can_connect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real, tried = tmp_path / "api.sock", os.chmod, []
+
+    def chmod(where: Path, mode: int) -> None:
+        with socket.socket(socket.AF_UNIX) as early, pytest.raises(ConnectionRefusedError):
             early.connect(str(path))
+        tried.append(mode)
+        real(where, mode)
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    sock, _ = bind_unix(path, mode=0o660, gid=os.getgid())
+    with sock, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    assert tried == [0o660]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    assert path.stat().st_gid == os.getgid()
 
 
 async def test_the_default_mode_is_0660(api: Api) -> None:
