@@ -3,13 +3,12 @@
     alpha  ┐  one kernel, one set of mttys: both daemons see all devices, each test gives alpha's VM
     beta   ┘  one of them and says which other one takes its place on beta (destination_devices)
 
-    with e2e_fleet() as two:                        both daemons, once for all tests
+    with e2e_fleet() as two:                                       both daemons, once for all tests
         async with given(two, True, False) as (able, unable):      devices, and one VM at a time
                                                                    (`guest`), gone afterwards
 
 The daemons are processes of `tests.lab.guest.e2e_migrd`, not asyncio's, so that they outlive the
-event loop of one test. QEMUs leave a trace each (`Lab.trace`), which says
-what they asked of the kernel.
+event loop of one test. Each QEMU leaves a trace (`Lab.trace`) of what it asked of the kernel.
 
 Everything here runs ten times slower than outside: deadlines are generous, and no time is asserted.
 """
