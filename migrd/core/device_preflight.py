@@ -25,8 +25,10 @@ def of_devices(
     request: Request, source: SourceFacts, destination: DestinationFacts
 ) -> DevicePreflight:
     """Every refusal and warning that passthrough devices are the reason of."""
+    unnamed = _unnamed(source)
+    accepted = request.accept_less_migratable
     if not source.spec.devices:
-        return _unnamed(source)
+        return DevicePreflight((), unnamed) if accepted else DevicePreflight(unnamed)
     if source.plan is None:
         vm = source.spec.name
         missing = Refusal(
@@ -43,12 +45,16 @@ def of_devices(
         source.plan,
         destination.plan,
         request.policy.downtime_limit_s,
-        accept_lower=request.accept_less_migratable,
+        accept_lower=accepted,
     )
     return DevicePreflight(
-        (*lost, *(as_refusal(reason, source.plan) for reason in judged.refusals)),
         (
-            *_unnamed(source).warnings,
+            *(() if accepted else unnamed),
+            *lost,
+            *(as_refusal(reason, source.plan) for reason in judged.refusals),
+        ),
+        (
+            *(unnamed if accepted else ()),
             *(as_refusal(reason, source.plan) for reason in judged.warnings),
         ),
     )
@@ -68,20 +74,22 @@ def _not_in_qemu(source: SourceFacts) -> Iterator[Refusal]:
             )
 
 
-def _unnamed(source: SourceFacts) -> DevicePreflight:
-    """Devices that its profile has, or that others have given it: QEMU alone judges them."""
+def _unnamed(source: SourceFacts) -> tuple[Refusal, ...]:
+    """Devices that its profile has, or that others have given it: nobody decided about them, and
+    QEMU's own checks let some be moved whose DMA is lost (H2, H3). Someone may accept that."""
     named = {device.id for device in source.spec.devices}
     has = [id_ for id_ in source.vm.passthrough_devices if id_ not in named]
     if not has or not source.is_as_it_is:
-        return DevicePreflight()
+        return ()
     vm = source.spec.name
     unnamed = Refusal(
         "devices_not_named",
         f"the definition of {vm} does not name passthrough devices ({', '.join(has)}): whether "
         "all their DMA is watched was not decided, and QEMU's own checks have holes",
-        f"name them by QEMU id and address: PUT /v1/vms/{vm}",
+        f"name them by QEMU id and address (PUT /v1/vms/{vm}), or say that you know they are "
+        "watched: --accept-less-migratable",
     )
-    return DevicePreflight(warnings=(unnamed,))
+    return (unnamed,)
 
 
 def _no_plan_there(destination: DestinationFacts) -> DevicePreflight:

@@ -77,7 +77,7 @@ PROVOKED: dict[str, dict[str, Any]] = {
         "request": Request("vm1", "beta", Policy(downtime_limit_s=0.001))
     },
     "postcopy_with_passthrough": {
-        "request": Request("vm1", "beta", allow_postcopy=True),
+        "request": Request("vm1", "beta", allow_postcopy=True, accept_less_migratable=True),
         "source": vm(passthrough_devices=("hostdev0",)),
     },
     "multifd_with_postcopy": {

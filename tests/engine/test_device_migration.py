@@ -279,16 +279,19 @@ async def test_after_a_daemon_was_killed_on_the_way_nothing_is_left_behind(who: 
         assert decision.plan.migratability is Migratability.LIVE
 
 
-async def test_an_unnamed_device_is_a_warning_that_nothing_was_decided() -> None:
+async def test_a_device_that_nobody_named_is_moved_only_when_someone_accepts_that() -> None:
     async with Pair() as pair:
         make = pair.hosts["alpha"].make
         make.passthrough_devices = ("hostdev0",)
         pair.hosts["beta"].make.passthrough_devices = ("hostdev0",)
         await pair.boot()
-        migration_id = await pair.ask()
+        refused = await pair.migrate()
+        assert refused.phase == Phase.REFUSED
+        assert codes(refused) == {"devices_not_named"}
+        migration_id = await pair.ask(accept_less_migratable=True)
         plan = await pair.alpha.service.plan(pair.engine_state(migration_id).request)
         assert "devices_not_named" in {warning.code for warning in plan.warnings}
-        await pair.until_over(migration_id)
+        assert (await pair.until_over(migration_id)).phase == Phase.SUCCEEDED
 
 
 async def test_two_devices_arrive_in_the_slots_that_they_had() -> None:
