@@ -32,17 +32,17 @@ from tests.setup import debian
 _GRACE_S = 5.0
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with a QEMU run one after the other, whatever else runs beside them.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.setup.scheduling import OneQemuAtATime  # where there is no xdist there is none
 
-    Two pairs of QEMUs at once would leave none of them the processor time that they, and the
-    limits in the tests, count on.
-    """
+    return OneQemuAtATime(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "qemu_binaries" in getattr(item, "fixturenames", ()):
             item.add_marker("real")
-        if any(item.iter_markers("real")) or any(item.iter_markers("netns")):
-            item.add_marker(pytest.mark.xdist_group("qemu"))
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,6 @@ Report: TypeAlias = pytest.TestReport | pytest.CollectReport
 BOOTS_A_GUEST = (
     pytest.mark.guest,
     pytest.mark.real,
-    pytest.mark.xdist_group("qemu"),
     pytest.mark.timeout(BUILD_LIMIT_S + RUN_LIMIT_S),  # the first one waits for the kernel
 )
 _BOOTS = pytest.StashKey[dict[str, "Results"]]()
