@@ -8,18 +8,17 @@ What it offers for passthrough is read from the properties of `vfio-pci` and of 
 
 Traps
 - qom-list-types loads every module there is, and one of another build ends the process.
-- QEMU ends without waiting for what it has not yet written: `quit` is said when all is read.
+- QEMU ends without waiting for what a full pipe has not yet taken: its answers go to a file. (All
+  questions are asked at once, `quit` included, so that it ends by itself when this daemon dies.)
 
 A binary is asked once, and again when the file has changed. A wrapper script hides a change behind
 it until the daemon restarts.
 """
 
 import asyncio
-import contextlib
 import os
 import subprocess
 import tempfile
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -44,13 +43,13 @@ _ASKED: Final[Mapping[str, Mapping[str, object]]] = MappingProxyType(
         "schema": {"execute": "query-qmp-schema"},
         _DEVICE: {"execute": "qom-list-properties", "arguments": {"typename": DRIVER}},
         _IOMMUFD: {"execute": "qom-list-properties", "arguments": {"typename": IOMMUFD}},
+        "quit": {"execute": "quit"},
     }
 )
 """By the id that the answer carries."""
 _QUESTIONS: Final = b"".join(
     orjson.dumps({**question, "id": id_}) + b"\n" for id_, question in _ASKED.items()
 )
-_QUIT: Final = b'{"execute": "quit"}\n'
 MOST_BYTES: Final = 64 << 20
 """Of output; a schema has 0.3 MiB."""
 
@@ -117,95 +116,51 @@ def _signature(binary: str) -> Signature:
 def _run(binary: str, accelerator: str, environment: Mapping[str, str]) -> Probed:
     fixed = ["-nodefaults", "-no-user-config", "-display", "none", "-machine", "none"]
     argv = [binary, *fixed, "-accel", accelerator.partition(",")[0], "-qmp", "stdio"]
-    try:
-        heard, words, code = _converse(argv, environment)
-    except OSError as failure:
-        raise _useless(binary, failure.strerror or str(failure)) from failure
-    except TimeoutError as failure:
-        text = f"{binary} did not answer within {PROBE_DEADLINE_S} s when asked what it offers"
-        raise VmmTimedOut(text) from failure
-    greeting, returned = heard.greeting, heard.returned
+    with tempfile.TemporaryFile() as answers:
+        try:
+            done = subprocess.run(
+                argv,
+                input=_QUESTIONS,
+                stdout=answers,
+                stderr=subprocess.PIPE,
+                cwd="/",
+                env={
+                    "LC_ALL": "C.UTF-8",
+                    "PATH": os.environ.get("PATH", os.defpath),
+                    **environment,
+                },
+                start_new_session=True,
+                timeout=PROBE_DEADLINE_S,
+            )
+        except OSError as failure:
+            raise _useless(binary, failure.strerror or str(failure)) from failure
+        except subprocess.TimeoutExpired as failure:
+            text = f"{binary} did not answer within {PROBE_DEADLINE_S} s when asked what it offers"
+            raise VmmTimedOut(text) from failure
+        answers.seek(0)
+        output = answers.read(MOST_BYTES)
+    greeting, returned = _answers(output)
     if not greeting or "schema" not in returned:
-        raise _useless(binary, words or f"it ended with code {code}")
+        words = done.stderr[-1024:].decode(errors="replace").strip()
+        raise _useless(binary, words or f"it ended with code {done.returncode}")
     offered = vfio_features(*(read_properties(returned.get(id_)) for id_ in (_DEVICE, _IOMMUFD)))
     schema = read_schema(returned["schema"])
     return Probed(read_version(greeting), schema, greeting.get("version"), offered)
 
 
-def _converse(argv: list[str], environment: Mapping[str, str]) -> tuple["_Heard", str, int]:
-    """Ask, read all answers, let it end: (answers, its last words, exit code). Raises TimeoutError
-    (it is killed then), OSError when it cannot be started."""
-    is_late = threading.Event()
-    with tempfile.TemporaryFile() as words:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=words,
-            cwd="/",
-            env={"LC_ALL": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath), **environment},
-            start_new_session=True,
-        )
-
-        def end_it() -> None:
-            is_late.set()
-            process.kill()
-
-        alarm = threading.Timer(PROBE_DEADLINE_S, end_it)
-        alarm.start()
-        with process:
-            try:
-                heard = _hear(process)
-            finally:
-                alarm.cancel()
-                process.kill()  # it has ended by itself, or says too much
-        if is_late.is_set():
-            raise TimeoutError
-        words.seek(max(0, words.seek(0, os.SEEK_END) - 1024))
-        return heard, words.read().decode(errors="replace").strip(), process.returncode
-
-
-@dataclass
-class _Heard:
-    greeting: dict[str, Any] = field(default_factory=dict)
-    returned: dict[str, object] = field(default_factory=dict)
-    """By id, of each question that was not refused."""
-    answered: set[str] = field(default_factory=set)
-
-    def take(self, line: bytes) -> None:
+def _answers(output: bytes) -> tuple[dict[str, Any], dict[str, object]]:
+    """The greeting, and what was returned to each question that was not refused."""
+    greeting: dict[str, Any] = {}
+    returned: dict[str, object] = {}
+    for line in output.splitlines():
         try:
             message = json_object(orjson.loads(line))
         except orjson.JSONDecodeError:
-            return
-        self.greeting = json_object(message.get("QMP")) or self.greeting
-        id_ = message.get("id")
-        if isinstance(id_, str) and id_ in _ASKED:
-            self.answered.add(id_)
-            if message.get("return") is not None:
-                self.returned[id_] = message["return"]
-
-
-def _hear(process: subprocess.Popen[bytes]) -> _Heard:
-    """All answers, and the end of the process; or what it said until it said too much."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    heard, read_bytes = _Heard(), 0
-    _say(process.stdin.fileno(), _QUESTIONS)
-    while read_bytes < MOST_BYTES and (line := process.stdout.readline(MOST_BYTES)):
-        read_bytes += len(line)
-        heard.take(line)
-        if heard.answered == set(_ASKED):
-            break
-    _say(process.stdin.fileno(), _QUIT)
-    process.stdin.close()
-    if len(process.stdout.read(MOST_BYTES)) < MOST_BYTES:
-        process.wait()
-    return heard
-
-
-def _say(fd: int, words: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError):  # it has ended: what it said before is read
-        os.write(fd, words)
+            continue
+        greeting = json_object(message.get("QMP")) or greeting
+        if message.get("id") in _ASKED and message.get("return") is not None:
+            returned[message["id"]] = message["return"]
+    return greeting, returned
 
 
 def _useless(binary: str, why: str) -> VmmDied:
