@@ -68,7 +68,7 @@ def test_counts_are_honest_and_failures_readable(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "made_up", "-p", "no:cacheprovider"]
     command += ["-c", f"{ROOT}/pyproject.toml", "--rootdir", str(tmp_path)]
     done = subprocess.run(
-        [*command, "-n1", "--dist=loadgroup", "-v", str(planted)],
+        [*command, "-n1", "--dist=loadgroup", "-v", "-rN", str(planted)],  # the summary repeats
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
