@@ -16,7 +16,6 @@ socket is asked once in its life (its inode and time of change), and not at ever
 
 import logging
 import os
-import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,9 +23,10 @@ from pathlib import Path
 from typing import Final
 
 from migrd.errors import VmmUnreachable
-from migrd.qemu.process import Life, ProcessIdentity, identify_listener, look_up
+from migrd.processes.instance import NAME as VM_NAME
+from migrd.processes.process import Life, ProcessIdentity, look_up
+from migrd.qemu.attachment import identify_listener
 
-VM_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 IN_BAND: Final = ".qmp"
 OOB: Final = ".oob.qmp"
 

@@ -17,7 +17,7 @@ from typing import Final
 from migrd.core.vfio_launch import GivenBy, VfioLaunch, arguments
 from migrd.engine.ports import PassedDevices
 from migrd.errors import Invalid, Violation, VmmDied, VmmRefused
-from migrd.qemu import memlock
+from migrd.processes import memlock
 from migrd.qemu.passthrough import KnownDevices, needed_features, own_names
 from migrd.qemu.probe import Probed
 

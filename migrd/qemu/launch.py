@@ -13,7 +13,6 @@ Who is dead is decided by proof alone (instances, process). What is not proven d
 
 import asyncio
 import contextlib
-import glob
 import logging
 import os
 import time
@@ -31,7 +30,10 @@ from migrd.errors import (
     MigrdError,
     VmmError,
 )
-from migrd.qemu.adoption import VM_NAME, AdoptDirectory, Adopted
+from migrd.processes.process import Life, WatchedProcess
+from migrd.processes.spawn import Child, Inheritance, Wording, spawn
+from migrd.qemu.adoption import AdoptDirectory, Adopted
+from migrd.qemu.attachment import Attachment
 from migrd.qemu.inheriting import inheritable, refuse_lacking
 from migrd.qemu.instances import (
     SUN_PATH_BYTES,
@@ -44,11 +46,9 @@ from migrd.qemu.instances import (
 from migrd.qemu.machine import Machine
 from migrd.qemu.passthrough import KnownDevices
 from migrd.qemu.probe import Probed, Prober
-from migrd.qemu.process import Attachment, Life, WatchedProcess
 from migrd.qemu.profile import Resolved
 from migrd.qemu.profile_files import Profiles
 from migrd.qemu.qmp import DEFAULT_DEADLINE_S, CallObserver
-from migrd.qemu.spawn import Child, Inheritance, spawn
 from migrd.qemu.starting import (
     Known,
     Start,
@@ -217,7 +217,8 @@ class QemuLauncher:
         self._locked_bytes[at.vm, at.name] = own_bytes
         limit_bytes = sum(self._locked_bytes.copy().values()) if own_bytes else 0
         given = Inheritance(resolved.profile.environment, inherited.fds, limit_bytes)
-        spawn(at, record, given, started)
+        cure = f"install QEMU, or mend `binary` of profile {start.spec.profile}"
+        spawn(at, record, given, started, Wording("QEMU", cure))
         return record, probed
 
     def _hold(
@@ -269,18 +270,8 @@ class QemuLauncher:
 
     def _directories(self) -> list[Instance]:
         """Instance directories that are not known yet. Blocking."""
-        instances = []
-        # Not Path.glob: a directory that is removed while it looks is an error to it.
-        for found in sorted(glob.glob(f"{glob.escape(str(self._runtime_dir))}/vms/*/*")):
-            directory = Path(found)
-            vm, name = directory.parent.name, directory.name
-            if (vm, name) in self._known or (vm, name) in self._launching:
-                continue
-            if not (VM_NAME.fullmatch(vm) and VM_NAME.fullmatch(name) and directory.is_dir()):
-                log.warning("%s: not made by migrd; left alone", directory)
-                continue
-            instances.append(Instance(self._runtime_dir, vm, name))
-        return instances
+        known = {*self._known, *self._launching}
+        return list(Instance.all_below(self._runtime_dir, known))
 
     def _attach_found(self, found: Found) -> Known:
         at, record = found.instance, found.record

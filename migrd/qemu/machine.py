@@ -43,6 +43,7 @@ from migrd.core.vfio_launch import VfioLaunchDevice
 from migrd.engine.ports import PluggedFds, PortRange, TlsIdentity
 from migrd.errors import VmmDied, VmmError, VmmTimedOut, VmmUnreachable
 from migrd.qemu import migration, samples
+from migrd.qemu.attachment import Attachment
 from migrd.qemu.calls import CallObserver
 from migrd.qemu.device_facts import ask_devices
 from migrd.qemu.feed import QemuFeed
@@ -53,7 +54,6 @@ from migrd.qemu.plug import Lane
 from migrd.qemu.plugging import Plugging
 from migrd.qemu.preparation import listening_port, prepare, prepare_to_listen, take_back
 from migrd.qemu.probe import Probed
-from migrd.qemu.process import Attachment
 from migrd.qemu.qmp import DEFAULT_DEADLINE_S
 from migrd.qemu.schema import QmpSchema
 from migrd.qemu.seen import Seen

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from migrd.core.vfio_launch import VfioLaunchDevice
 from migrd.engine.ports import PluggedFds
 from migrd.errors import VmmRefused
-from migrd.qemu import memlock, samples
+from migrd.processes import memlock
+from migrd.processes.process import WatchedProcess
+from migrd.qemu import samples
 from migrd.qemu.passthrough import KnownDevices, name_in_new_reason
 from migrd.qemu.plug import Lane, plug, unplug
-from migrd.qemu.process import WatchedProcess
 from migrd.qemu.seen import Seen
 from migrd.qemu.wire import QmpEvent
 

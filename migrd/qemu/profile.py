@@ -34,7 +34,6 @@ Traps
   for guests that are trusted. A file needs no reader and never blocks the guest.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,15 +45,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from migrd.errors import Invalid, Violation
+from migrd.profiles.files import shown
+from migrd.profiles.filling import checked_values, name_problems
+from migrd.profiles.parameters import IntegerParameter, Parameter, PathParameter, Value
 from migrd.qemu import command_line
 from migrd.qemu.allowance import PassthroughRules, Wanted, refused_devices
 from migrd.qemu.command_line import Argument, Placeholder, TemplateError, UnfitValue
 from migrd.qemu.digest import content_digest, launch_digest, visible_device
-from migrd.qemu.parameters import BadValue, IntegerParameter, Parameter, PathParameter, Value
 
-NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
-PARAMETER_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,62}")
-SHOWN_CHARS: Final = 120
 TCG_EXTRA_KIB: Final = 8
 
 
@@ -128,22 +126,7 @@ class LaunchProfile(BaseModel):
     def resolve(self, given: Mapping[str, Value], devices: Wanted = ()) -> "Resolved":
         """Fill the profile. Raises Invalid with every parameter that is wrong, and every device
         that may not be brought. Blocking."""
-        violations: list[Violation] = []
-        values: dict[str, Value] = {}
-        for name in sorted(set(given) - set(self.parameters)):
-            known = ", ".join(sorted(self.parameters)) or "none"
-            text = f"profile {self.name} has no parameter {name}; it has: {known}"
-            violations.append(Violation(f"parameters.{name}", "unknown_parameter", text))
-        for name, parameter in self.parameters.items():
-            value = given.get(name, parameter.default)
-            if value is None:
-                text = f"is required by profile {self.name}: {parameter.description}"
-                violations.append(Violation(f"parameters.{name}", "missing_parameter", text))
-                continue
-            try:
-                values[name] = parameter.check(value)
-            except BadValue as bad:
-                violations.append(Violation(f"parameters.{name}", bad.code, str(bad)))
+        values, violations = checked_values(self.name, self.parameters, given)
         resolved = Resolved(self, values, devices)
         violations += resolved.unfit()
         violations += refused_devices(self.name, self.passthrough, devices)
@@ -260,30 +243,10 @@ def template_problems(profile: Mapping[str, object]) -> Iterator[tuple[str, str]
     if profile.get("serial") is True and "-serial" in parsed:
         yield "serial", "= true, and the arguments have a -serial as well; leave one out"
     may_be_unused = bool(problems) or not is_list
-    yield from _name_problems(used, declared, look_for_unused=not may_be_unused)
+    yield from name_problems(used, declared, look_for_unused=not may_be_unused)
 
 
 def _memory_problems(memory: str, parameter: object) -> Iterator[tuple[str, str]]:
     kind = parameter.get("type") if isinstance(parameter, Mapping) else None
     if parameter is not None and kind != "integer" and not isinstance(parameter, IntegerParameter):
         yield "memory_mib", f"= {shown(memory)} names no integer parameter"
-
-
-def _name_problems(
-    used: set[str], declared: Mapping[str, object], *, look_for_unused: bool
-) -> Iterator[tuple[str, str]]:
-    for name in sorted(used - set(declared)):
-        near = difflib.get_close_matches(name, declared, 1)
-        hint = f"; did you mean {{{near[0]}}}?" if near else f"; add [parameters.{name}]"
-        yield f"parameters.{name}", f"is missing, but {{{name}}} is used{hint}"
-    for name in declared:
-        if not PARAMETER_NAME.fullmatch(name):
-            yield f"parameters.{name}", "is no name: small letters, digits and _ only"
-        elif look_for_unused and name not in used:
-            yield f"parameters.{name}", f"is used nowhere; write {{{name}}} or take it out"
-
-
-def shown(value: object) -> str:
-    """A value for an error message, not longer than it helps."""
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"

@@ -22,14 +22,15 @@ from typing import Any, Final
 from migrd.core.facts import RunState, VmSpec
 from migrd.engine.threads import in_thread
 from migrd.errors import Invalid, Violation, VmmDied, VmmError, VmmTimedOut, VmmUnreachable
-from migrd.qemu import memlock
-from migrd.qemu.adoption import VM_NAME
+from migrd.processes import memlock
+from migrd.processes.instance import NAME, lock_says
+from migrd.processes.process import Life, WatchedProcess, kill_once
+from migrd.processes.spawn import Child
+from migrd.qemu.attachment import listener_pid
 from migrd.qemu.inheriting import Inherited
-from migrd.qemu.instances import Instance, identity_by_socket, lock_says
+from migrd.qemu.instances import Instance, identity_by_socket
 from migrd.qemu.machine import Machine
-from migrd.qemu.process import Life, WatchedProcess, kill_once, listener_pid
 from migrd.qemu.profile import Resolved
-from migrd.qemu.spawn import Child
 from migrd.qemu.wire import AnswerLost, NotSent, json_object
 
 END_DEADLINE_S: Final = 10.0
@@ -73,7 +74,7 @@ class Known:
 def refuse_bad_names(at: Instance) -> None:
     """Raises Invalid for names that are none, or too long for a socket."""
     for field, name, what in (("name", at.vm, "a VM"), ("instance", at.name, "an instance")):
-        if not VM_NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             text = f"{name!r} is no name for {what}: letters, digits and . _ - inside"
             raise Invalid(text, [Violation(field, "bad_name", text)])
     if at.spare_bytes < 0:

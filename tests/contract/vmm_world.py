@@ -20,8 +20,9 @@ from types import MappingProxyType
 
 from migrd.core.facts import TransferAddress
 from migrd.demo.image import GuestImage
+from migrd.processes.process import WatchedProcess
+from migrd.qemu.attachment import Attachment
 from migrd.qemu.machine import Machine
-from migrd.qemu.process import Attachment, WatchedProcess
 from tests.fakes.qmp_vm import FakeNetwork, FakeVm
 from tests.lab.freezing_proxy import freezing_proxy
 from tests.qemu.real import RealQemu, running_qemu, watch_child

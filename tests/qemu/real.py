@@ -10,8 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from migrd.engine.threads import in_thread
+from migrd.processes.process import WatchedProcess, identify, look_up
+from migrd.qemu.attachment import Attachment
 from migrd.qemu.machine import Machine
-from migrd.qemu.process import Attachment, WatchedProcess, identify, look_up
 
 START_S = 20.0
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from migrd.processes.process import Life, WatchedProcess
+from migrd.qemu.attachment import Attachment
 from migrd.qemu.machine import Machine
 from migrd.qemu.probe import Probed
-from migrd.qemu.process import Attachment, Life, WatchedProcess
 from migrd.qemu.schema import read_schema
 from tests.fakes.qmp_server import GREETING
 from tests.fakes.qmp_vm import FakeNetwork, FakeVm

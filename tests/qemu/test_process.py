@@ -19,19 +19,18 @@ import pytest
 
 from migrd.engine.threads import in_thread
 from migrd.errors import VmmRefused, VmmUnreachable
-from migrd.qemu import process
-from migrd.qemu.process import (
+from migrd.processes import process
+from migrd.processes.process import (
     Life,
     ProcessIdentity,
     WatchedProcess,
     hold_child,
     identify,
-    identify_listener,
     kill_once,
-    listener_pid,
     look_up,
     look_up_life,
 )
+from migrd.qemu.attachment import identify_listener, listener_pid
 from migrd.qemu.sockets import open_socket
 from migrd.qemu.wire import MonitorBusy
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrd.errors import Invalid
-from migrd.qemu.parameters import BadValue, IntegerParameter, PathParameter, StringParameter
+from migrd.profiles.parameters import BadValue, IntegerParameter, PathParameter, StringParameter
 from migrd.qemu.profile import LaunchProfile
 
 SHIPPED = Path(__file__).parents[2] / "config" / "profiles"

@@ -19,8 +19,8 @@ from migrd.core.vfio_launch import QemuVfioFeature, VfioLaunch
 from migrd.engine.ports import Vmm
 from migrd.engine.threads import in_thread
 from migrd.errors import Invalid, VmmDied, VmmRefused, VmmTimedOut
+from migrd.processes.memlock import OTHER_BYTES
 from migrd.qemu.launch import QemuLauncher
-from migrd.qemu.memlock import OTHER_BYTES
 from migrd.qemu.profile import TCG_EXTRA_KIB
 from tests.contract.test_machine import FAST, seen, state_reached, status_seen
 from tests.contract.vmm_world import MIB

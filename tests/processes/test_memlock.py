@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from migrd.qemu import memlock
+from migrd.processes import memlock
 
 SHOW = "import resource; print(*resource.getrlimit(resource.RLIMIT_MEMLOCK))"
 LITTLE = 64 * 1024

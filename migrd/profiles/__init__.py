@@ -1,0 +1,1 @@
+"""Launch profiles, as far as every engine's are alike: files read whole, typed parameters."""
