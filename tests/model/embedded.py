@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tests.model.explore import TERMINAL
+
 
 class State(NamedTuple):
     """Everything, on both hosts and between them."""
@@ -88,7 +90,6 @@ class Step(NamedTuple):
 
 
 SOURCE_ENDED = frozenset({"rolled_back", "cancelled", "guest_lost"})
-TERMINAL = frozenset({"succeeded", *SOURCE_ENDED})
 STOPPED = frozenset({"frozen", "sending", "done"})
 
 
@@ -102,11 +103,6 @@ def steps(state: State, rules: Rules) -> Iterator[Step]:
         yield from _destination(state, rules)
     if state.source_up and state.phase == "needs_operator":
         yield from _operator(state, rules)
-
-
-def is_fault(name: str) -> bool:
-    """Whether nobody needs this step for the migration to go on."""
-    return name.startswith("fault:")
 
 
 def told(state: State, message: str) -> State:

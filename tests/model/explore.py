@@ -4,25 +4,50 @@ the states from which no end can be reached once faults have stopped."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-
-from tests.model.embedded import TERMINAL, Rules, State, Step, is_fault, steps
+from typing import Generic, Protocol, TypeVar
 
 LIMIT = 2_000_000
 """A model that grows past this has a mistake."""
 
 
+TERMINAL = frozenset({"succeeded", "rolled_back", "cancelled", "guest_lost"})
+
+
+class Modelled(Protocol):
+    """A state of a model: hashable, with the phase of the migration."""
+
+    @property
+    def phase(self) -> str: ...
+
+    def __hash__(self) -> int: ...
+
+
+S = TypeVar("S", bound=Modelled)
+S_co = TypeVar("S_co", bound=Modelled, covariant=True)
+
+
+class Stepped(Protocol[S_co]):
+    """One thing that happens; `fault: ...` are those that nobody needs."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def state(self) -> S_co: ...
+
+
 @dataclass
-class Explored:
+class Explored(Generic[S]):
     """All reachable states and how each was first reached."""
 
-    came_by: dict[State, tuple[State, str] | None]
-    violations: list[tuple[State, str]] = field(default_factory=list)
-    leads_to: dict[State, list[State]] = field(default_factory=dict)
+    came_by: dict[S, tuple[S, str] | None]
+    violations: list[tuple[S, str]] = field(default_factory=list)
+    leads_to: dict[S, list[S]] = field(default_factory=dict)
     """Edges that are no faults, for the search of dead ends."""
 
-    def path(self, state: State) -> list[str]:
+    def path(self, state: S) -> list[str]:
         """The shortest way there."""
         names: list[str] = []
         link = self.came_by[state]
@@ -32,9 +57,16 @@ class Explored:
             link = self.came_by[state]
         return names[::-1]
 
-    def dead_ends(self) -> list[State]:
+    def story(self) -> str:
+        """The first violation, for whoever has to understand it."""
+        if not self.violations:
+            return "no violation"
+        state, broken = self.violations[0]
+        return "\n  ".join([broken, *self.path(state)])
+
+    def dead_ends(self) -> list[S]:
         """States from which no terminal phase is reached without a further fault."""
-        before: dict[State, list[State]] = {}
+        before: dict[S, list[S]] = {}
         for state, nexts in self.leads_to.items():
             for following in nexts:
                 before.setdefault(following, []).append(state)
@@ -49,14 +81,13 @@ class Explored:
 
 
 def explore(
-    first: State,
-    rules: Rules,
-    violation: Callable[[State], str | None],
+    first: S,
+    steps: Callable[[S], Iterable[Stepped[S]]],
+    violation: Callable[[S], str | None],
     *,
-    allowed: Callable[[Step], bool] = lambda _: True,
     stop_at_first: bool = False,
-) -> Explored:
-    """Every state that can be reached by allowed steps."""
+) -> Explored[S]:
+    """Every state that can be reached."""
     found = Explored({first: None})
     queue = deque([first])
     while queue:
@@ -68,15 +99,11 @@ def explore(
                 return found
             continue
         edges = found.leads_to[state] = []
-        for step in _allowed(state, rules, allowed):
-            if not is_fault(step.name):
+        for step in steps(state):
+            if not step.name.startswith("fault:"):
                 edges.append(step.state)
             if step.state not in found.came_by:
                 found.came_by[step.state] = (state, step.name)
                 queue.append(step.state)
         assert len(found.came_by) < LIMIT, "the model does not end"
     return found
-
-
-def _allowed(state: State, rules: Rules, allowed: Callable[[Step], bool]) -> Iterator[Step]:
-    return (step for step in steps(state, rules) if allowed(step))

@@ -20,12 +20,19 @@ from migrd.core.handover import (
 from migrd.core.handover import DestinationPhase as There
 from migrd.core.migration import MigrationEvent, MigrationState, Request, advance, begin, fold
 from migrd.core.phases import TERMINAL, Trigger
-from tests.model.embedded import Rules, State, Step, is_fault, steps
+from tests.model.embedded import Rules, State, Step, steps
 
 PATHS = 10_000
 LONGEST = 60
 SEED = 20261123
-TROUBLE = ("step_failed", "cancel_requested", "outcome_unknown", "refusal_decided", "the stream")
+TROUBLE = (
+    "fault:",
+    "step_failed",
+    "cancel_requested",
+    "outcome_unknown",
+    "refusal_decided",
+    "the stream",
+)
 BEFORE = (Trigger.STARTED, Trigger.PREFLIGHT_PASSED, Trigger.DESTINATION_PREPARED)
 OUTSIDE_THE_MODEL = {
     *BEFORE,
@@ -119,7 +126,7 @@ def _carry_out(step: Step, source: Source, destination: Destination) -> None:
 
 def _weight(step: Step, trouble: float) -> float:
     """Most of what may go wrong at any moment must not, or no path gets far."""
-    goes_on = not is_fault(step.name) and not step.name.startswith(TROUBLE)
+    goes_on = not step.name.startswith(TROUBLE)
     return 1.0 if goes_on else trouble
 
 
