@@ -25,7 +25,12 @@
     │   ├── KernelDenied     not permitted: grant it, or make the host safe for it
     │   ├── KernelGone       the object named is not there (any more): look again
     │   ├── KernelBusy       in use by somebody: free it first
-    │   └── KernelRejected   the arguments do not fit what is there: a fact assumed is not true
+    │   ├── KernelRejected   the arguments do not fit what is there: a fact assumed is not true
+    │   └── LogLost          what was written since the last read is not known: take all for dirty
+    ├── DeviceError          about a device whose state moves with its guest; where it stands is said
+    │   ├── DeviceTimedOut   the kernel does not answer: NOT known what came of it; the call goes on
+    │   ├── DeviceNeedsReset no way leads from where it stands but a reset, which loses its state
+    │   └── DeviceRefused    it cannot do this, or what arrived is not its own: nothing was changed
     └── JournalError         the journal cannot be written or read: no step may be taken on it
 
 What the caller can do is in the class; what happened is in `code` (stable, snake_case) and the
@@ -213,6 +218,41 @@ class KernelRejected(KernelError):
     """The kernel refuses the arguments: something assumed about the object is not true."""
 
     code = "kernel_rejected"
+
+
+class LogLost(KernelError):
+    """A log of dirty pages has ended or has a hole: what was written since its last read is not
+    known. Nothing but all of its pages may be taken for dirty."""
+
+    code = "dirty_log_lost"
+
+
+class DeviceError(MigrdError):
+    """A device of the guest could not be brought where it was to go; the message says where it is.
+
+    The cause is the KernelError, where the kernel gave one.
+    """
+
+    code = "device_error"
+
+
+class DeviceTimedOut(DeviceError):
+    """The kernel has not answered. The call cannot be ended and goes on: ask the device again."""
+
+    code = "device_timed_out"
+    retryable = True
+
+
+class DeviceNeedsReset(DeviceError):
+    """Only a reset helps the device, and that loses the state that the guest had in it."""
+
+    code = "device_needs_reset"
+
+
+class DeviceRefused(DeviceError):
+    """The device cannot do it, or what came for it is not its own, or not in order."""
+
+    code = "device_refused"
 
 
 class JournalError(MigrdError):

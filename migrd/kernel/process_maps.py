@@ -1,0 +1,89 @@
+"""What a process has mapped, asked by its pagemap descriptor: `maps` of the same address space.
+
+A scan of a pagemap says nothing of what is not mapped, with success. Asking each page whether it
+is mapped costs ten times the scan; the list of mappings tells it at once. It is the text of
+/proc/PID/maps, found by the name that the pagemap was opened under, and only believed if the
+pagemap beside it is the very file we hold (another mount of /proc, or a pid that is somebody
+else's by now, has another). An open `maps` belongs to the address space, not to the pid.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Final, Self
+
+from migrd.errors import KernelGone
+
+MOST_BYTES: Final = 64 << 20
+"""Of text: ten times what the kernel's own limit of mappings comes to."""
+_AT_ONCE = 1 << 20
+_RANGE: Final = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ", re.MULTILINE)
+
+
+class ProcessMaps:
+    """An open /proc/PID/maps. Verbs block."""
+
+    def __init__(self, fd: int) -> None:
+        """Takes ownership of `fd`."""
+        self._fd: int | None = fd
+
+    @classmethod
+    def beside(cls, pagemap_fd: int) -> Self | None:
+        """Those of the same process; None where they cannot be found, or not for certain."""
+        try:
+            directory, name = os.path.split(os.readlink(f"/proc/self/fd/{pagemap_fd}"))
+            if name != "pagemap":
+                return None
+            fd = os.open(f"{directory}/maps", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:  # after it was opened: a pid that was taken anew meanwhile has another pagemap
+            is_same = os.path.samestat(os.fstat(pagemap_fd), os.stat(f"{directory}/pagemap"))
+        except OSError:
+            is_same = False
+        if not is_same:
+            os.close(fd)
+            return None
+        return cls(fd)
+
+    def first_gap(self, start: int, end: int) -> int | None:
+        """The first address of a range that is not mapped; None: all of it is.
+
+        Raises KernelGone: the process has exited.
+        """
+        reached = start
+        for begin, stop in self._ranges():
+            if stop <= reached:
+                continue
+            if begin > reached:
+                return reached
+            reached = stop
+            if reached >= end:
+                return None
+        return reached
+
+    def close(self) -> None:
+        """Idempotent."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        for found in _RANGE.finditer(self._text()):
+            yield int(found[1], 16), int(found[2], 16)
+
+    def _text(self) -> bytes:
+        if self._fd is None:
+            raise KernelGone("the list of mappings is closed", code="descriptor_closed")
+        text = bytearray()
+        try:
+            while len(text) < MOST_BYTES:
+                part = os.pread(self._fd, _AT_ONCE, len(text))
+                if not part:
+                    break
+                text += part
+        except ProcessLookupError as cause:
+            raise KernelGone(
+                "the process has exited", errno=cause.errno or 0, code="process_gone"
+            ) from cause
+        return bytes(text)
