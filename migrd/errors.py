@@ -18,7 +18,9 @@
     ├── PeerError            about another host's migrd
     │   ├── PeerRefused      it answered with a problem
     │   ├── PeerTimedOut     no answer: NOT known whether the message took effect
-    │   └── PeerUnreachable  no connection was made: the message was not delivered
+    │   ├── PeerUnreachable  no connection was made: the message was not delivered
+    │   ├── StreamError      the memory stream broke, stalled or was ended: move the memory anew
+    │   └── ReceiveError     what it sends cannot be right: nothing of it is kept
     ├── KernelError          a system call on /dev/iommu, a VFIO device or sysfs failed; has `errno`
     │   ├── KernelTooOld     it does not know the call (or has no /dev/iommu at all): upgrade
     │   ├── KernelUnsupported  it knows the call, this hardware or driver cannot: do without
@@ -171,6 +173,19 @@ class PeerUnreachable(PeerError):
 
     code = "peer_unreachable"
     retryable = True
+
+
+class StreamError(PeerError):
+    """The memory stream between two hosts broke, stalled or was ended; nothing half-moved counts."""
+
+    code = "stream_broken"
+    retryable = True
+
+
+class ReceiveError(PeerError):
+    """What the other host sends cannot be right; the transfer has ended, nothing of it is kept."""
+
+    code = "bad_stream"
 
 
 class KernelError(MigrdError):

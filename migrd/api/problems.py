@@ -114,6 +114,8 @@ STATUS: Final[Mapping[type[BaseException], int]] = {
     errors.PeerRefused: 502,
     errors.PeerTimedOut: 504,
     errors.PeerUnreachable: 503,
+    errors.StreamError: 502,
+    errors.ReceiveError: 502,
     errors.KernelError: 500,
     errors.KernelTooOld: 501,
     errors.KernelUnsupported: 409,

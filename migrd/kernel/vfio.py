@@ -86,6 +86,18 @@ class VfioDevice(Descriptor):
             raise kernel_error(cause, f"open device {name} ({path})", OPEN, "open") from cause
         return cls(fd, name, system)
 
+    @classmethod
+    def adopt(cls, fd: int, system: SystemCalls = LINUX) -> Self:
+        """A device that its owner has opened, bound and passed: on a duplicate of `fd`.
+
+        Raises KernelGone when `fd` is closed.
+        """
+        try:
+            own = os.dup(fd)
+        except OSError as cause:
+            raise kernel_error(cause, f"take over the device at fd {fd}", {}, "dup") from cause
+        return cls(own, system.device_of(own) or f"fd {fd}", system)
+
     def bind(self, iommufd: int) -> int:
         """Bind to an iommufd; returns the id that the device has there.
 
@@ -139,6 +151,11 @@ class VfioDevice(Descriptor):
         known = self._get_if_supported(MIGRATION, argument)
         return abi.vfio_migration(argument.flags) if known else None
 
+    def migration_abilities(self) -> frozenset[MigrationFlag] | None:
+        """`migration_flags`, of which only those that this version knows; None: cannot migrate."""
+        flags = self.migration_flags()
+        return None if flags is None else split_flags(flags)[0]
+
     def stop_copy_bytes(self) -> int | None:
         """How much a STOP_COPY would send now, by the driver's estimate; None: it cannot tell."""
         argument = abi.vfio_device_feature_mig_data_size()
@@ -169,7 +186,7 @@ class VfioDevice(Descriptor):
         `device_lost` (nothing helped); the cause is the first failure.
         """
         start = self.state()
-        known, _ = split_flags(self.migration_flags() or abi.vfio_migration(0))
+        known = self.migration_abilities() or frozenset()
         try:
             back = fall_back(start, target, known)
         except NoWay as cause:
