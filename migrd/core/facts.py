@@ -168,6 +168,9 @@ class TransferSettings:
     tls: bool = True
     peer_name: str = ""
     """Host name of the other side, as in its certificate."""
+    migration_id: str = ""
+    epoch: int = 0
+    """Of which migration the stream is, for engines whose streams name it."""
 
 
 @dataclass(frozen=True)

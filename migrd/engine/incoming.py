@@ -141,7 +141,12 @@ class Incoming(IncomingRecord):
         async with asyncio.timeout(world.options.prepare_deadline_s):
             if self.vmm is None:
                 self.vmm = await self.launch(stored)
-            settings = replace(stored.settings, peer_name=stored.source)
+            settings = replace(
+                stored.settings,
+                peer_name=stored.source,
+                migration_id=stored.id,
+                epoch=stored.epoch,
+            )
             address = await self.vmm.prepare_incoming(
                 settings, world.options.tls, world.options.listen_host, world.options.ports
             )

@@ -90,6 +90,8 @@ class OutgoingRecord:
             postcopy=request.may_postcopy,
             tls=self.world.options.tls is not None,
             peer_name=self.peer.name,
+            migration_id=self.id,
+            epoch=self.state.epoch,
         )
 
     def spec_there(self) -> VmSpec:

@@ -94,9 +94,10 @@ class WireSettings(WireModel):
 
     @classmethod
     def of(cls, settings: TransferSettings) -> Self:
-        return cls(**vars(settings))
+        return cls(**{name: getattr(settings, name) for name in cls.model_fields})
 
     def value(self) -> TransferSettings:
+        """Without the migration's name, which the message itself has."""
         return TransferSettings(**vars(self))
 
 

@@ -1,19 +1,22 @@
-"""What pydantic finds wrong with a profile, in words for the administrator."""
+"""A profile as its model: what pydantic finds wrong with it, in words for the administrator."""
 
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Final, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from migrd.profiles.files import shown
+from migrd.profiles.files import ProfileFile, refused, shown
 from migrd.profiles.parameters import (
     BooleanParameter,
     IntegerParameter,
     PathParameter,
     StringParameter,
 )
+
+M = TypeVar("M", bound=BaseModel)
 
 _MODELS: Final[Mapping[str, type[BaseModel]]] = {
     "integer": IntegerParameter,
@@ -23,14 +26,41 @@ _MODELS: Final[Mapping[str, type[BaseModel]]] = {
 }
 
 
-def lines(
+def validated(
+    file: ProfileFile,
+    model: type[M],
+    unfit: Callable[[Mapping[str, object]], Iterable[tuple[str, str]]],
+    cures: Mapping[str, str],
+    sections: Mapping[str, type[BaseModel]] = MappingProxyType({}),
+) -> M:
+    """The file's profile. `unfit` tells of what cannot be seen in one key alone: (key, what).
+    `cures`: key -> what is said where its pattern does not fit; `sections`: the models of sections
+    other than [parameters]. Raises ConfigError with every problem, one per line."""
+    problems = list(file.problems)
+    try:
+        profile = model.model_validate(file.table)
+    except ValidationError as failure:
+        errors = failure.errors(include_url=False)
+        problems += [
+            f"{file.path}: {line}"
+            for error in errors
+            for line in _lines(error, model, cures, sections)
+        ]
+        if all(error["type"] != "profile" for error in errors):  # else they are among the lines
+            problems += [f"{file.path}: {key} {what}" for key, what in unfit(file.table)]
+        raise refused(problems) from failure
+    if problems:
+        raise refused(problems)
+    return profile
+
+
+def _lines(
     error: ErrorDetails,
     model: type[BaseModel],
     cures: Mapping[str, str],
     sections: Mapping[str, type[BaseModel]],
 ) -> Iterator[str]:
-    """Pydantic's own words where they are plain enough. `cures`: key -> what is said where its
-    pattern does not fit; `sections`: the models of sections other than [parameters]."""
+    """Pydantic's own words where they are plain enough."""
     if error["type"] == "profile":
         for key, problem in error["ctx"]["problems"]:
             yield f"{key} {problem}"

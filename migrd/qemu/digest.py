@@ -12,15 +12,14 @@ launched differently: preflight refuses on that.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from migrd.core.facts import SpecDevice
 from migrd.core.vfio_launch import VfioLaunchDevice
-from migrd.errors import Invalid, Violation
+from migrd.profiles.content import content_digest
 from migrd.qemu.command_line import FIRMWARE, Argument, Placeholder
 from migrd.qemu.passthrough import DRIVER
 
@@ -41,11 +40,7 @@ OF_THE_HOST: Final = frozenset(
     )
 )
 """Properties of a passthrough device that only say how QEMU treats it."""
-_CHUNK_BYTES: Final = 1 << 20
 _VERSION: Final = 1
-
-_known: dict[tuple[int, int, int, int], str] = {}
-_KNOWN_LIMIT: Final = 256
 
 
 def launch_digest(
@@ -84,29 +79,3 @@ def _seen(argument: Argument, visible: Callable[[Argument, Placeholder], str]) -
     if argument.option in FIRMWARE:  # a path that stands in the profile itself
         return content_digest(Path(text), argument.option) if text.startswith("/") else text
     return re.sub(r"=/[^,]*(,,[^,]*)*", "=<path>", text)
-
-
-def content_digest(path: Path, name: str) -> str:
-    """sha256 of a file's contents; remembered until the file changes. Blocking.
-
-    Raises Invalid, naming the parameter or option `name`, when it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            about = os.fstat(file.fileno())
-            key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
-            if key not in _known:
-                if len(_known) >= _KNOWN_LIMIT:
-                    _known.clear()
-                _known[key] = _sha256(file)
-            return _known[key]
-    except OSError as error:
-        text = f"{path} cannot be read: {error.strerror}"
-        raise Invalid(text, [Violation(f"parameters.{name}", "no_file", text)]) from error
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-    return f"sha256:{digest.hexdigest()}"

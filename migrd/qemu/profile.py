@@ -45,13 +45,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from migrd.errors import Invalid, Violation
+from migrd.profiles.content import content_digest
 from migrd.profiles.files import shown
 from migrd.profiles.filling import checked_values, name_problems
 from migrd.profiles.parameters import IntegerParameter, Parameter, PathParameter, Value
 from migrd.qemu import command_line
 from migrd.qemu.allowance import PassthroughRules, Wanted, refused_devices
 from migrd.qemu.command_line import Argument, Placeholder, TemplateError, UnfitValue
-from migrd.qemu.digest import content_digest, launch_digest, visible_device
+from migrd.qemu.digest import launch_digest, visible_device
 
 TCG_EXTRA_KIB: Final = 8
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from migrd.core.facts import VmSpec
 from migrd.core.vfio_launch import VfioLaunch
 from migrd.errors import Invalid, NotFound, Violation
-from migrd.profiles import wording
-from migrd.profiles.files import ProfileFile, load_directory, read_file, refused
+from migrd.profiles.files import ProfileFile, load_directory, read_file
+from migrd.profiles.wording import validated
 from migrd.qemu.allowance import PassthroughRules
 from migrd.qemu.profile import LaunchProfile, Resolved, template_problems
 
@@ -69,21 +69,4 @@ def load_profile(path: Path) -> LaunchProfile:
 
 
 def _load(file: ProfileFile) -> LaunchProfile:
-    problems = list(file.problems)
-    try:
-        profile = LaunchProfile.model_validate(file.table)
-    except ValidationError as failure:
-        errors = failure.errors(include_url=False)
-        problems += [
-            f"{file.path}: {line}"
-            for error in errors
-            for line in wording.lines(error, LaunchProfile, PATTERN_CURES, SECTIONS)
-        ]
-        if all(error["type"] != "profile" for error in errors):  # else they are among the lines
-            problems += [
-                f"{file.path}: {key} {what}" for key, what in template_problems(file.table)
-            ]
-        raise refused(problems) from failure
-    if problems:
-        raise refused(problems)
-    return profile
+    return validated(file, LaunchProfile, template_problems, PATTERN_CURES, SECTIONS)
