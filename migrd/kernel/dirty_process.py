@@ -51,3 +51,224 @@ costs its next writer one short fault (1 to 2 us), once.
 Source: Documentation/admin-guide/mm/{pagemap,userfaultfd}.rst; the rest was seen on Linux 6.12 and
 6.18 and is pinned by tests/contract/dirty_process.py.
 """
+
+import errno
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from migrd.core.bitmap import PAGE_BYTES, DirtyBitmap
+from migrd.engine.dirty_ports import PageRun, SourceRead, Tracker
+from migrd.errors import KernelError, KernelRejected, LogLost
+from migrd.kernel.calls import Ioctl, system_ioctl
+from migrd.kernel.pagemap import Pagemap, tells_of_holes
+from migrd.kernel.process_maps import ProcessMaps
+from migrd.kernel.runs import mark_runs
+
+MOST_RANGES: Final = 1024
+_ADDRESSES: Final = 1 << 64
+_ALIGN: Final = 2 << 20
+_FIRST_WALK_BYTES: Final = 256 << 20
+_LEAST_WALK_BYTES: Final = 16 << 20
+_MOST_WALK_BYTES: Final = 4 << 30
+_MOST_PAGES: Final = 32768
+_LEAST_PAGES: Final = 4096
+_LONG_S: Final = 0.0025
+_SHORT_S: Final = 0.0006
+
+
+@dataclass(frozen=True)
+class ProcessRange:
+    """Guest memory where the process has it, and where it stands in the merged page space."""
+
+    hva: int
+    length_bytes: int
+    first_page: int
+
+    @property
+    def end(self) -> int:
+        """Exclusive."""
+        return self.hva + self.length_bytes
+
+    def page_at(self, hva: int) -> int:
+        return self.first_page + (hva - self.hva) // PAGE_BYTES
+
+
+class ProcessSource:
+    """Pages of a process' memory that were written. A DirtySource."""
+
+    tracker = Tracker.PROCESS
+    page_size_bytes = PAGE_BYTES
+
+    def __init__(
+        self,
+        pagemap_fd: int,
+        ranges: Sequence[ProcessRange],
+        name: str,
+        ioctl: Ioctl = system_ioctl,
+    ) -> None:
+        """`pagemap_fd` stays its owner's. Raises KernelRejected (`bad_ranges`)."""
+        _check(ranges)
+        self.name = name
+        self._ranges = tuple(sorted(ranges, key=lambda one: one.hva))
+        self.covers: tuple[PageRun, ...] = tuple(
+            (one.first_page, one.length_bytes // PAGE_BYTES) for one in ranges
+        )
+        self._pagemap = Pagemap(pagemap_fd, ioctl)
+        self._maps: ProcessMaps | None = None
+        self._pace = _Pace()
+        self._is_tracking = False
+        self._scan_holes = False
+
+    def start_tracking(self) -> None:
+        """Protects all pages: 10 to 100 ns for each that is there. Raises KernelRejected: not
+        registered, not mapped; KernelTooOld; KernelGone."""
+        self._is_tracking = False
+        self._open_maps()
+        self._scan_holes = not tells_of_holes()
+        for one in self._ranges:
+            at = one.hva
+            while at < one.end:
+                with self._pace:
+                    at = self._pagemap.arm(at, self._pace.end(at, one.end))
+            self._refuse_gap(one, self._pagemap.unmapped(one.hva, one.end))
+        self._is_tracking = True
+
+    def stop_tracking(self) -> None:
+        """The protection stays, until it is written or the process lifts it."""
+        self._is_tracking = False
+
+    def read_and_clear(self, into: DirtyBitmap) -> SourceRead:
+        return self._read(into, clear=True)
+
+    def peek(self, into: DirtyBitmap) -> SourceRead:
+        return self._read(into, clear=False)
+
+    def close(self) -> None:
+        self._is_tracking = False
+        self._pagemap.close()
+        if self._maps is not None:
+            self._maps.close()
+            self._maps = None
+
+    def _read(self, into: DirtyBitmap, *, clear: bool) -> SourceRead:
+        if not self._is_tracking:
+            raise KernelRejected(
+                f"dirty tracking of {self.name} is not on: not all that was written would be told",
+                code="tracking_is_off",
+            )
+        began_s, pages = time.perf_counter(), 0
+        try:
+            for one in self._ranges:
+                pages += self._read_range(one, into, clear=clear)
+            self._check_mapped()
+        except KernelRejected as error:
+            raise LogLost(
+                f"the log of {self.name} is lost: {error.message}", errno=error.errno
+            ) from error
+        took_s = time.perf_counter() - began_s
+        return SourceRead(self.name, self.tracker, pages, PAGE_BYTES, took_s)
+
+    def _read_range(self, one: ProcessRange, into: DirtyBitmap, *, clear: bool) -> int:
+        pages = self._walk(one, into, self._pagemap.scan, clear=clear)
+        if self._scan_holes:
+            pages += self._walk(one, into, self._pagemap.holes, clear=clear)
+        return pages
+
+    def _walk(self, one: ProcessRange, into: DirtyBitmap, scan: "_Scan", *, clear: bool) -> int:
+        at, pages = one.hva, 0
+        while at < one.end:
+            end = self._pace.end(at, one.end)
+            is_whole = False
+            try:
+                with self._pace:
+                    rows, walked = scan(at, end, clear=clear, max_pages=self._pace.max_pages)
+                pages += mark_runs(into, rows, one.hva, one.first_page)
+                is_whole = True
+            finally:
+                if clear and not is_whole:  # some of it may be protected anew: nobody says what
+                    into.mark(one.page_at(at), (end - at) // PAGE_BYTES)
+            if walked <= at:
+                raise KernelError(f"a scan of {self.name} does not get on at {at:#x}")
+            at = walked
+        return pages
+
+    def _check_mapped(self) -> None:
+        """What is not mapped seemed clean."""
+        for one in self._ranges:
+            if self._maps is not None:
+                gap = self._maps.first_gap(one.hva, one.end)
+            else:
+                gap = self._pagemap.unmapped(one.hva, one.end)
+            self._refuse_gap(one, gap)
+
+    def _refuse_gap(self, one: ProcessRange, gap: int | None) -> None:
+        if gap is None:
+            return
+        raise KernelRejected(
+            f"memory {one.hva:#x} + {one.length_bytes:#x} of {self.name} is not wholly mapped:"
+            f" nothing at {gap:#x}; the process must keep all guest memory mapped where it said,"
+            " and registered, while it is tracked",
+            code="range_not_mapped",
+        )
+
+    def _open_maps(self) -> None:
+        if self._maps is None:
+            self._maps = ProcessMaps.beside(self._pagemap.fd)
+
+
+class _Scan(Protocol):
+    def __call__(
+        self, start: int, end: int, *, clear: bool, max_pages: int
+    ) -> tuple[NDArray[np.uint64], int]: ...
+
+
+def _check(ranges: Sequence[ProcessRange]) -> None:
+    """Raises KernelRejected, naming the first range that cannot be."""
+    if not 0 < len(ranges) <= MOST_RANGES:
+        raise _bad(f"{len(ranges)} ranges of process memory: give 1 to {MOST_RANGES}")
+    end = 0
+    for one in sorted(ranges, key=lambda one: one.hva):
+        named = f"process memory {one.hva:#x} + {one.length_bytes:#x}"
+        if one.hva <= 0 or one.length_bytes <= 0 or one.first_page < 0 or one.end > _ADDRESSES:
+            raise _bad(f"{named} at page {one.first_page} is empty, or is nowhere")
+        if (one.hva | one.length_bytes) % PAGE_BYTES:
+            raise _bad(f"{named} is not aligned to {PAGE_BYTES}")
+        if one.hva < end:
+            raise _bad(f"{named} overlaps another range")
+        end = one.end
+
+
+def _bad(message: str) -> KernelRejected:
+    return KernelRejected(message, errno=errno.EINVAL, code="bad_ranges")
+
+
+class _Pace:
+    """How much one ioctl walks; a context manager around it."""
+
+    def __init__(self) -> None:
+        self.walk_bytes = _FIRST_WALK_BYTES
+        self.max_pages = _MOST_PAGES
+        self.longest_s = 0.0
+        self._began_s = 0.0
+
+    def end(self, at: int, end: int) -> int:
+        """Where a call from `at` on ends: no huge page is cut."""
+        return min(end, (at + self.walk_bytes) // _ALIGN * _ALIGN)
+
+    def __enter__(self) -> None:
+        self._began_s = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        took_s = time.perf_counter() - self._began_s
+        self.longest_s = max(self.longest_s, took_s)
+        if took_s > _LONG_S:
+            self.walk_bytes = max(_LEAST_WALK_BYTES, self.walk_bytes // 2)
+            self.max_pages = max(_LEAST_PAGES, self.max_pages // 2)
+        elif took_s < _SHORT_S:
+            self.walk_bytes = min(_MOST_WALK_BYTES, self.walk_bytes * 2)
+            self.max_pages = min(_MOST_PAGES, self.max_pages * 2)
