@@ -9,6 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 HEADER = "/usr/include/gelf.h"
+C_SOURCES = ("migrd/core/_bits.c", "migrd/core/_bits_words.h")
+SOURCES = (
+    *("pyproject.toml", "setup.py", "requirements.lock", "requirements-dev.lock"),
+    *C_SOURCES,
+)
 PLAIN_TOOLS = ("sh", "dirname", "cat", "tr", "mktemp", "tail", "rm", "mkdir", "cmp", "sha256sum")
 
 
@@ -29,8 +34,9 @@ class Machine:
         script = script.replace("PATH=$PATH:/usr/sbin:/sbin", "PATH=$PATH")  # nothing but ours
         script = script.replace(HEADER, str(self.header))
         (self.checkout / "deploy" / "setup").write_text(script)
-        for name in ("pyproject.toml", "requirements.lock", "requirements-dev.lock"):
-            shutil.copy(ROOT / name, self.checkout)
+        (self.checkout / "migrd" / "core").mkdir(parents=True)
+        for name in SOURCES:
+            shutil.copy(ROOT / name, self.checkout / name)
         self.command("id", "echo 0")
         self.command("python3", f'exec {sys.executable} "$@"')
         self.pip_calls = directory / "pip"
@@ -144,6 +150,23 @@ def test_the_environment_is_made_once_and_again_only_when_a_lock_changes(
         lock.write("# changed\n")
     machine.set_up()
     assert machine.installed() == ["requirements.lock", "."]
+
+
+@pytest.mark.parametrize("source", C_SOURCES)
+def test_a_changed_c_source_is_built_anew_and_no_old_binary_stays(
+    machine: Machine, source: str
+) -> None:
+    machine.with_fake_environments()
+    machine.set_up()
+    machine.installed()
+    binary = machine.checkout / "migrd" / "core" / "_bits.abi3.so"
+    binary.touch()
+    machine.set_up()
+    assert (machine.installed(), binary.exists()) == ([], True)
+    with (machine.checkout / source).open("a") as code:
+        code.write("/* changed */\n")
+    machine.set_up()
+    assert (machine.installed(), binary.exists()) == (["requirements.lock", "."], False)
 
 
 def test_an_environment_for_the_tests_serves_the_demo_too_but_not_the_other_way_round(
