@@ -1,6 +1,6 @@
 """What pyproject.toml cannot say: the C extension, and that the package does without it.
 
-Where there is no C compiler the build says so and goes on; `migrd.core.bits` then computes in numpy.
+Where there is no C compiler the build says so and goes on: `migrd.core.bits` then takes numpy.
 """
 
 from setuptools import Extension, setup
