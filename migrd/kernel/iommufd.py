@@ -8,8 +8,9 @@
 
 An iommufd may be shared with a VMM: migrd opens it and hands it over, or gets it from the VMM.
 The descriptor is full authority (it could unmap the guest's memory), so what a VMM owns is only
-reachable through Foreign* objects, which have no verb that changes anything; and what is ours only
-through the objects that made it. There is no verb that takes a bare id and destroys it.
+reachable through Foreign* objects, which have no verb that changes anything (and HandedOverHwpt,
+where it has made us the harvester); and what is ours only through the objects that made it. There
+is no verb that takes a bare id and destroys it.
 
 Rules
 1. The descriptor is closed once, by `close`. It keeps everything alive, the VMM's memory pinned
@@ -43,7 +44,7 @@ from migrd.kernel.iommufd_calls import (
     Context,
     hwpt_alloc,
 )
-from migrd.kernel.page_table import ForeignHwpt, OwnedHwpt
+from migrd.kernel.page_table import ForeignHwpt, HandedOverHwpt, OwnedHwpt
 
 DEVICE: Final = "/dev/iommu"
 MAX_PROBED_ID: Final = 4096
@@ -129,6 +130,15 @@ class Iommufd:
         return adopted
 
     @classmethod
+    def share(cls, fd: int, ioctl: Ioctl = system_ioctl) -> Self:
+        """A duplicate of a descriptor that stays its owner's. Raises as `adopt`, and KernelGone."""
+        try:
+            own = os.dup(fd)
+        except OSError as cause:
+            raise kernel_error(cause, f"take over descriptor {fd}", {}, "dup") from cause
+        return cls.adopt(own, ioctl)
+
+    @classmethod
     def from_process(
         cls, pidfd: int, number: int, ioctl: Ioctl = system_ioctl, getfd: GetFd = pidfd_getfd
     ) -> Self:
@@ -211,6 +221,12 @@ class Iommufd:
         if not ioas_ids:
             raise ValueError(f"page table {hwpt_id} must be filled from some IOAS")
         return ForeignHwpt(self._context, hwpt_id, tuple(map(self.foreign_ioas, ioas_ids)))
+
+    def handed_over_hwpt(self, hwpt_id: int, ioas_ids: tuple[int, ...] = ()) -> HandedOverHwpt:
+        """A page table whose owner has made us its harvester. `ioas_ids`: all IOAS that it may be
+        filled from; none: all that are found on this iommufd. Raises KernelError."""
+        ioas_ids = ioas_ids or self.find_objects().ioases
+        return HandedOverHwpt(self._context, hwpt_id, tuple(map(self.foreign_ioas, ioas_ids)))
 
     def find_objects(self) -> FoundObjects:
         """Find what others made here, by asking each small id what it answers to. Changes nothing.

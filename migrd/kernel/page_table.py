@@ -3,6 +3,8 @@
     OwnedHwpt      ours: tracking on and off, read and clear, peek
     ForeignHwpt    a VMM's: peek. There is no method that clears or switches, because the VMM
                    counts on those bits: one that is taken from it is guest memory not sent
+    HandedOverHwpt a VMM's that has made migrd its harvester: all of it, and what is mapped is
+                   proven before and after each clearing read
 
 The kernel answers success, and loses or hides dirty bits, when (Linux 6.12, seen):
 
@@ -18,6 +20,8 @@ anything else, after an error too, and in the thread that made the call.
 
 What is left: "0 dirty" of a ForeignHwpt is no proof. Whether a VMM has switched tracking on cannot
 be asked; and the VMM may change its mappings between our proof and our read (proven on both sides).
+A VMM that unmaps what it handed over and maps it again at the same IOVA between two reads takes the
+dirty bits with it, and nothing shows it: whoever hands over promises not to.
 """
 
 import contextlib
@@ -87,14 +91,9 @@ class OwnedHwpt:
         self._check_there()
         if self._is_tracking is on:
             return
-        flags = abi.iommufd_hwpt_set_dirty_tracking_flags
-        argument = abi.iommu_hwpt_set_dirty_tracking(
-            flags=flags.ENABLE if on else 0, hwpt_id=self.id
-        )
         self._is_tracking = None
         self.ioas.note_tracking(self.id, is_on=True)
-        subject = f"switch dirty tracking of page table {self.id} {'on' if on else 'off'}"
-        self._context.call(SET_DIRTY_TRACKING, argument, subject)
+        _switch(self._context, self.id, on)
         self._is_tracking = on
         self.ioas.note_tracking(self.id, is_on=on)
 
@@ -182,16 +181,112 @@ class ForeignHwpt:
         )
 
 
-class _Read:
-    """One read of dirty bits, into a buffer of its own."""
+class HandedOverHwpt:
+    """A page table of a VMM that has handed its dirty tracking over to us: it promises to neither
+    switch nor read it, nor to change what is mapped of what it handed over. Verbs block; one thread
+    at a time."""
 
-    def __init__(self, hwpt_id: int, iova: int, length_bytes: int, page_size_bytes: int) -> None:
+    def __init__(self, context: Context, hwpt_id: int, ioases: tuple[ForeignIoas, ...]) -> None:
+        """`ioases`: as for ForeignHwpt."""
+        self._context = context
+        self._foreign = ForeignHwpt(context, hwpt_id, ioases)
+        self._is_tracking: bool | None = None
+        self._buffer = bytearray()
+        self.id = hwpt_id
+
+    @property
+    def is_tracking(self) -> bool | None:
+        """None: we have not switched it yet, or that failed."""
+        return self._is_tracking
+
+    def set_tracking(self, on: bool) -> None:
+        """Switch dirty tracking; the first time also if it is so already. Switching on starts with
+        all clean, off drops what was not read. Raises KernelUnsupported, KernelGone."""
+        if self._is_tracking is on:
+            return
+        self._is_tracking = None
+        _switch(self._context, self.id, on)
+        self._is_tracking = on
+
+    def read_and_clear(
+        self, iova: int, length_bytes: int, page_size_bytes: int, merge: Merge
+    ) -> int:
+        """Read the dirty pages of a wholly mapped range and clear them; returns how many.
+
+        `merge` gets them, once, also when the call fails: they may be cleared then. What it gets is
+        valid until the next read. Raises KernelRejected: tracking is off, not aligned, or
+        (`range_has_holes`) not wholly mapped; then pages may be missing from what it got.
+        """
+        self._check_tracking()
+        self._prove(iova, length_bytes)
+        read = _Read(self.id, iova, length_bytes, page_size_bytes, self._room)
+        try:
+            read.make(self._context, _CLEAR)
+        finally:
+            merge(read.found)
+        self._prove(iova, length_bytes)
+        return read.found.dirty_pages
+
+    def peek(self, iova: int, length_bytes: int, page_size_bytes: int) -> DirtyBits:
+        """Read the dirty pages of a wholly mapped range and change nothing. Raises as above."""
+        self._check_tracking()
+        found = self._foreign.peek(iova, length_bytes, page_size_bytes)
+        if found is None:
+            raise self._hole(iova, length_bytes)
+        return found
+
+    def _room(self, size_bytes: int) -> bytearray:
+        """Zeroed and resident; the same one each time, if it is large enough."""
+        if len(self._buffer) < size_bytes:
+            self._buffer = bytearray(size_bytes)
+        else:
+            ctypes.memset((ctypes.c_char * size_bytes).from_buffer(self._buffer), 0, size_bytes)
+        return self._buffer
+
+    def _prove(self, iova: int, length_bytes: int) -> None:
+        if not self._foreign.is_wholly_mapped(iova, length_bytes):
+            raise self._hole(iova, length_bytes)
+
+    def _hole(self, iova: int, length_bytes: int) -> KernelRejected:
+        return _rejected(
+            f"IOVA {iova:#x} + {length_bytes:#x} is not wholly mapped for page table {self.id}: the"
+            " VMM must leave mapped what it handed over",
+            "range_has_holes",
+        )
+
+    def _check_tracking(self) -> None:
+        if self._is_tracking is not True:
+            raise KernelRejected(
+                f"dirty tracking of page table {self.id} is not on: it would seem all clean",
+                code="tracking_is_off",
+            )
+
+
+def _switch(context: Context, hwpt_id: int, on: bool) -> None:
+    flags = abi.iommufd_hwpt_set_dirty_tracking_flags
+    argument = abi.iommu_hwpt_set_dirty_tracking(flags=flags.ENABLE if on else 0, hwpt_id=hwpt_id)
+    subject = f"switch dirty tracking of page table {hwpt_id} {'on' if on else 'off'}"
+    context.call(SET_DIRTY_TRACKING, argument, subject)
+
+
+class _Read:
+    """One read of dirty bits, into a buffer of its own, or into one that `room` gives."""
+
+    def __init__(
+        self,
+        hwpt_id: int,
+        iova: int,
+        length_bytes: int,
+        page_size_bytes: int,
+        room: Callable[[int], bytearray] = bytearray,  # written to, so it is resident
+    ) -> None:
         _check_range(iova, length_bytes, page_size_bytes)
         words = -(-length_bytes // (page_size_bytes * _WORD_BITS))
-        self._buffer = bytearray(words * _WORD_BITS // 8)  # written to, so it is resident
+        size_bytes = words * _WORD_BITS // 8
+        self._buffer = room(size_bytes)
         self._hwpt_id = hwpt_id
         self.found = DirtyBits(
-            iova, length_bytes, page_size_bytes, memoryview(self._buffer).toreadonly()
+            iova, length_bytes, page_size_bytes, memoryview(self._buffer)[:size_bytes].toreadonly()
         )
 
     def make(self, context: Context, flags: abi.iommufd_hwpt_get_dirty_bitmap_flags) -> None:
