@@ -139,8 +139,10 @@ class PassedDevice:
 
     async def close(self) -> bool:
         """Idempotent. False: a call of the kernel's goes on, and it is closed when that ends."""
-        lane, self._lane, self._is_closed = self._lane, None, True
-        return lane is None or await lane.close(self._closed, limit_s=self._limits.call_s)
+        self._is_closed = True
+        if self._lane is None:
+            return True
+        return await self._lane.close(self._closed, limit_s=self._limits.call_s)
 
     async def _run(self, what: str, call: Callable[[], T], limit_s: float | None = None) -> T:
         if self._is_closed:
@@ -248,10 +250,10 @@ class PassedDevice:
         )
 
     def _reset(self) -> None:
-        self.state = None
-        self._open().reset()
-        self._end_session()
-        self.state = self._open().state()
+        try:
+            self._open().reset()
+        finally:
+            self._asked()
 
     def _end_session(self) -> None:
         stream, self._stream = self._stream, None
