@@ -22,11 +22,12 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from migrd.core.certificate import identity
 from migrd.engine.peer_service import PeerService
 from migrd.errors import ConfigError, MigrdError, NotAuthorized, TooLarge
 from migrd.peer.answering import Reply, answer, problem, problem_reply
 from migrd.peer.messages import CALLS, MAX_REQUEST_BYTES, PATH, PROTOCOL_HEADER, Observe
-from migrd.peer.tls import PeerTls, identity
+from migrd.peer.tls import PeerTls
 
 KEEP_ALIVE_S: Final = 150.0
 """Longer than clients keep theirs, so that it is the client who hangs up an idle connection."""

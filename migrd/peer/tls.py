@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import structlog
 
+from migrd.core.certificate import identity
 from migrd.engine.threads import in_thread
 from migrd.errors import ConfigError
 
@@ -107,16 +108,6 @@ class PeerTls:
     def _swap(self, connection: Any, name: str | None, context: ssl.SSLContext) -> None:
         """During a handshake, in the event loop: no file is touched here."""
         connection.context = self._contexts.server
-
-
-def identity(peercert: Any) -> tuple[str, ...]:
-    """The names in a peer's verified certificate: its DNS names, or else its common name."""
-    found = peercert or {}
-    names = [value.lower() for kind, value in found.get("subjectAltName", ()) if kind == "DNS"]
-    if not names:
-        pairs = (pair for relative in found.get("subject", ()) for pair in relative)
-        names = [value.lower() for kind, value in pairs if kind == "commonName"]
-    return tuple(dict.fromkeys(names))
 
 
 def _stamp_of(files: TlsFiles) -> tuple[object, ...]:

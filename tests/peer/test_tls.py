@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from migrd.core.certificate import identity
 from migrd.errors import ConfigError, PeerRefused, PeerUnreachable
 from migrd.peer.client import HttpPeer, connect_peer
 from migrd.peer.server import serve_peers
-from migrd.peer.tls import PeerTls, TlsFiles, identity
+from migrd.peer.tls import PeerTls, TlsFiles
 from tests.fakes.peer import FakePeerService
 from tests.peer.fleet import Fleet
 
