@@ -152,12 +152,11 @@ static PyObject *or_all_held(const Py_buffer *dst, uint64_t pages, PyObject *giv
         held_count = hold_sources(given, count, held, sources, dst, pages);
     if (!PyErr_Occurred()) {
         const struct level *at = level;
-        struct sums sums;
+        uint64_t total;
         Py_BEGIN_ALLOW_THREADS
-        sums = or_all(at, dst->buf, pages, sources, (size_t)count);
+        total = or_all(at, dst->buf, pages, sources, (size_t)count);
         Py_END_ALLOW_THREADS
-        result = Py_BuildValue("KK", (unsigned long long)sums.total,
-                               (unsigned long long)sums.newly);
+        result = PyLong_FromUnsignedLongLong(total);
     }
     while (held_count)
         PyBuffer_Release(&held[--held_count]);

@@ -20,8 +20,8 @@ def or_bits(
 ) -> int:
     """dst[dst_bit + i] |= src[src_bit + i // bit_pages] for i < pages; how many were newly set."""
 
-def or_all(dst: Writable, pages: int, sources: Sequence[Readable], /) -> tuple[int, int]:
-    """The first bits of dst |= those of every source: (set afterwards, newly set)."""
+def or_all(dst: Writable, pages: int, sources: Sequence[Readable], /) -> int:
+    """The first bits of dst |= those of every source; how many are set then."""
 
 def and_not(dst: Writable, pages: int, src: Readable, /) -> None:
     """The first bits of dst &= ~src."""

@@ -28,10 +28,6 @@ typedef uint64_t word __attribute__((aligned(1), may_alias));
 /* A block stays in the first-level cache while several sources go into it. */
 enum { BLOCK_WORDS = 2048, SOURCES_AT_ONCE = 4 };
 
-struct sums {
-    uint64_t total, newly;
-};
-
 /* Where a search for extents stands; `first` and `length` are pairs in `out`. */
 struct search {
     word *out;
@@ -44,8 +40,8 @@ struct search {
 
 struct level {
     const char *name;
-    /* dst |= all sources; 0 to SOURCES_AT_ONCE of them. */
-    struct sums (*or_sources)(word *dst, const word *const *sources, size_t count, size_t words);
+    /* dst |= all sources, 0 to SOURCES_AT_ONCE of them; how many are set then. */
+    uint64_t (*or_sources)(word *dst, const word *const *sources, size_t count, size_t words);
     /* dst |= bits from bit `shift` (0 to 7) of src on; how many are new. */
     uint64_t (*or_shifted)(word *dst, const unsigned char *src, unsigned shift, size_t words);
     uint64_t (*count)(const word *src, size_t words);
@@ -124,19 +120,21 @@ INLINE int search_one_by_one(struct search *at, const word *src, size_t begin, s
 
 /* --- portable ------------------------------------------------------------------------------ */
 
-static struct sums portable_or_sources(word *dst, const word *const *sources, size_t count,
-                                       size_t words)
+INLINE uint64_t or_one(word *dst, const word *const *sources, size_t count, size_t at)
 {
-    struct sums sums = {0, 0};
-    for (size_t i = 0; i < words; i++) {
-        uint64_t old = dst[i], new = old;
-        for (size_t s = 0; s < count; s++)
-            new |= sources[s][i];
-        dst[i] = new;
-        sums.total += ones(new);
-        sums.newly += ones(new ^ old);
-    }
-    return sums;
+    uint64_t w = dst[at];
+    for (size_t s = 0; s < count; s++)
+        w |= sources[s][at];
+    return dst[at] = w;
+}
+
+static uint64_t portable_or_sources(word *dst, const word *const *sources, size_t count,
+                                    size_t words)
+{
+    uint64_t total = 0;
+    for (size_t i = 0; i < words; i++)
+        total += ones(or_one(dst, sources, count, i));
+    return total;
 }
 
 INLINE uint64_t shifted_word(const unsigned char *src, unsigned shift, size_t i)
@@ -190,8 +188,8 @@ static const struct level portable = {
 
 #define AVX2 __attribute__((target("avx2,popcnt,bmi")))
 
-/* Counts of eight bits stay below 256 for that many vectors. */
-enum { VECTORS_PER_SUM = 31, AHEAD_BYTES = 4096 };
+/* Counts of eight bits stay below 256 for that many pairs of vectors; a pair is a cache line. */
+enum { PAIRS_PER_SUM = 15, PAIR_WORDS = 8, AHEAD_WORDS = 32 };
 
 AVX2 INLINE __m256i load(const word *from)
 {
@@ -219,55 +217,88 @@ AVX2 INLINE __m256i add_bytes(__m256i sums, __m256i bytes)
     return _mm256_add_epi64(sums, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
 }
 
-INLINE size_t whole_vectors(size_t words)
+/* Asked for ahead of the processor's own guess, which stops at the end of each page. */
+INLINE void ahead(const word *from)
 {
-    size_t vectors = words / 4;
-    return 4 * (vectors < VECTORS_PER_SUM ? vectors : VECTORS_PER_SUM);
+    __builtin_prefetch(from + AHEAD_WORDS);
 }
 
-AVX2 INLINE struct sums or_known(word *dst, const word *const *sources, const size_t count,
-                                 size_t words)
+/* As many words of `words` as may be counted in bytes. */
+INLINE size_t whole_pairs(size_t words)
 {
-    __m256i total = _mm256_setzero_si256(), newly = total;
+    size_t pairs = words / PAIR_WORDS;
+    return PAIR_WORDS * (pairs < PAIRS_PER_SUM ? pairs : PAIRS_PER_SUM);
+}
+
+AVX2 INLINE __m256i or_four(word *dst, const word *const *sources, size_t count, size_t at)
+{
+    __m256i w = load(dst + at);
+    for (size_t s = 0; s < count; s++)
+        w = _mm256_or_si256(w, load(sources[s] + at));
+    _mm256_storeu_si256((__m256i *)(dst + at), w);
+    return byte_ones(w);
+}
+
+AVX2 INLINE uint64_t or_known(word *dst, const word *const *sources, const size_t count,
+                              size_t words)
+{
+    __m256i total = _mm256_setzero_si256();
     size_t i = 0;
-    while (words - i >= 4) {
-        __m256i total_bytes = _mm256_setzero_si256(), newly_bytes = total_bytes;
-        for (size_t stop = i + whole_vectors(words - i); i < stop; i += 4) {
-            __m256i old = load(dst + i), new = old;
+    while (words - i >= PAIR_WORDS) {
+        __m256i bytes = _mm256_setzero_si256();
+        for (size_t stop = i + whole_pairs(words - i); i < stop; i += PAIR_WORDS) {
+            ahead(dst + i);
             for (size_t s = 0; s < count; s++)
-                new = _mm256_or_si256(new, load(sources[s] + i));
-            _mm256_storeu_si256((__m256i *)(dst + i), new);
-            total_bytes = _mm256_add_epi8(total_bytes, byte_ones(new));
-            newly_bytes = _mm256_add_epi8(newly_bytes, byte_ones(_mm256_xor_si256(new, old)));
+                ahead(sources[s] + i);
+            __m256i first = or_four(dst, sources, count, i);
+            __m256i second = or_four(dst, sources, count, i + 4);
+            bytes = _mm256_add_epi8(bytes, _mm256_add_epi8(first, second));
         }
-        total = add_bytes(total, total_bytes);
-        newly = add_bytes(newly, newly_bytes);
+        total = add_bytes(total, bytes);
     }
-    struct sums sums = {lanes(total), lanes(newly)};
-    for (; i < words; i++) {
-        uint64_t old = dst[i], new = old;
-        for (size_t s = 0; s < count; s++)
-            new |= sources[s][i];
-        dst[i] = new;
-        sums.total += (uint64_t)__builtin_popcountll(new);
-        sums.newly += (uint64_t)__builtin_popcountll(new ^ old);
-    }
-    return sums;
+    uint64_t sum = lanes(total);
+    for (; i < words; i++)
+        sum += (uint64_t)__builtin_popcountll(or_one(dst, sources, count, i));
+    return sum;
 }
 
-AVX2 static struct sums avx2_or_sources(word *dst, const word *const *sources, size_t count,
-                                        size_t words)
+AVX2 static uint64_t avx2_or_sources(word *dst, const word *const *sources, size_t count,
+                                     size_t words)
 {
+    /* Known to the compiler, so that the pointers stay in registers. */
     switch (count) {
-    case 1:
-        return or_known(dst, sources, 1, words);
-    case 2:
-        return or_known(dst, sources, 2, words);
-    case 3:
-        return or_known(dst, sources, 3, words);
-    default:
-        return or_known(dst, sources, count, words);
+    case 1: {
+        const word *const one[] = {sources[0]};
+        return or_known(dst, one, 1, words);
     }
+    case 2: {
+        const word *const two[] = {sources[0], sources[1]};
+        return or_known(dst, two, 2, words);
+    }
+    case 3: {
+        const word *const three[] = {sources[0], sources[1], sources[2]};
+        return or_known(dst, three, 3, words);
+    }
+    case 4: {
+        const word *const four[] = {sources[0], sources[1], sources[2], sources[3]};
+        return or_known(dst, four, 4, words);
+    }
+    default:
+        return or_known(dst, sources, 0, words);
+    }
+}
+
+AVX2 INLINE __m256i load_shifted(const unsigned char *src, __m128i down, __m128i up)
+{
+    return _mm256_or_si256(_mm256_srl_epi64(load((const word *)src), down),
+                           _mm256_sll_epi64(load((const word *)(src + 1)), up));
+}
+
+AVX2 INLINE __m256i or_new(word *dst, __m256i more)
+{
+    __m256i old = load(dst);
+    _mm256_storeu_si256((__m256i *)dst, _mm256_or_si256(old, more));
+    return byte_ones(_mm256_andnot_si256(old, more));
 }
 
 AVX2 INLINE uint64_t or_shifted(word *dst, const unsigned char *src, unsigned shift,
@@ -276,16 +307,22 @@ AVX2 INLINE uint64_t or_shifted(word *dst, const unsigned char *src, unsigned sh
     const __m128i down = _mm_cvtsi32_si128((int)shift), up = _mm_cvtsi32_si128(8 - (int)shift);
     __m256i newly = _mm256_setzero_si256();
     size_t i = 0;
-    while (words - i >= 4) {
+    while (words - i >= PAIR_WORDS) {
         __m256i bytes = _mm256_setzero_si256();
-        for (size_t stop = i + whole_vectors(words - i); i < stop; i += 4) {
-            __m256i old = load(dst + i), more = load((const word *)(src + 8 * i));
-            if (is_shifted)
-                more = _mm256_or_si256(
-                    _mm256_srl_epi64(more, down),
-                    _mm256_sll_epi64(load((const word *)(src + 8 * i + 1)), up));
-            _mm256_storeu_si256((__m256i *)(dst + i), _mm256_or_si256(old, more));
-            bytes = _mm256_add_epi8(bytes, byte_ones(_mm256_andnot_si256(old, more)));
+        for (size_t stop = i + whole_pairs(words - i); i < stop; i += PAIR_WORDS) {
+            const unsigned char *from = src + 8 * i;
+            __m256i first, second;
+            ahead(dst + i);
+            ahead((const word *)from);
+            if (is_shifted) {
+                first = load_shifted(from, down, up);
+                second = load_shifted(from + 32, down, up);
+            } else {
+                first = load((const word *)from);
+                second = load((const word *)(from + 32));
+            }
+            bytes = _mm256_add_epi8(bytes, _mm256_add_epi8(or_new(dst + i, first),
+                                                           or_new(dst + i + 4, second)));
         }
         newly = add_bytes(newly, bytes);
     }
@@ -302,10 +339,11 @@ AVX2 static uint64_t avx2_count(const word *src, size_t words)
 {
     __m256i total = _mm256_setzero_si256();
     size_t i = 0;
-    while (words - i >= 4) {
+    while (words - i >= PAIR_WORDS) {
         __m256i bytes = _mm256_setzero_si256();
-        for (size_t stop = i + whole_vectors(words - i); i < stop; i += 4)
-            bytes = _mm256_add_epi8(bytes, byte_ones(load(src + i)));
+        for (size_t stop = i + whole_pairs(words - i); i < stop; i += PAIR_WORDS)
+            bytes = _mm256_add_epi8(bytes, _mm256_add_epi8(byte_ones(load(src + i)),
+                                                           byte_ones(load(src + i + 4))));
         total = add_bytes(total, bytes);
     }
     uint64_t sum = lanes(total);
@@ -490,37 +528,34 @@ static uint64_t or_coarse(const struct level *level, word *dst, uint64_t to, uin
     return newly;
 }
 
-/* The first `pages` bits of dst |= those of all sources. */
-static struct sums or_all(const struct level *level, word *dst, uint64_t pages,
-                          const word *const *sources, size_t count)
+/* The first `pages` bits of dst |= those of all sources; how many of them are set then. */
+static uint64_t or_all(const struct level *level, word *dst, uint64_t pages,
+                       const word *const *sources, size_t count)
 {
-    struct sums sums = {0, 0};
+    uint64_t total = 0;
     const size_t words = pages >> 6;
+    const size_t most = count > SOURCES_AT_ONCE ? BLOCK_WORDS : words;
     for (size_t i = 0, step; i < words; i += step) {
-        uint64_t total = 0;
-        step = words - i < BLOCK_WORDS ? words - i : BLOCK_WORDS;
-        if (count <= SOURCES_AT_ONCE)
-            step = words - i;
+        const word *some[SOURCES_AT_ONCE];
+        uint64_t set;
         size_t taken = 0;
+        step = words - i < most ? words - i : most;
         do {
-            const word *some[SOURCES_AT_ONCE];
             size_t n = 0;
             while (n < SOURCES_AT_ONCE && taken < count)
                 some[n++] = sources[taken++] + i;
-            struct sums part = level->or_sources(dst + i, some, n, step);
-            total = part.total;
-            sums.newly += part.newly;
+            set = level->or_sources(dst + i, some, n, step);
         } while (taken < count);
-        sums.total += total;
+        total += set;
     }
     if (pages & 63) {
         uint64_t more = 0;
         for (size_t s = 0; s < count; s++)
             more |= sources[s][words];
-        sums.newly += or_word(dst + words, more & low_bits(pages & 63));
-        sums.total += ones(dst[words] & low_bits(pages & 63));
+        or_word(dst + words, more & low_bits(pages & 63));
+        total += ones(dst[words] & low_bits(pages & 63));
     }
-    return sums;
+    return total;
 }
 
 static void and_not(word *dst, uint64_t pages, const word *src)

@@ -72,13 +72,13 @@ class DirtyBitmap:
     def merge(self, other: DirtyBitmap) -> int:
         """OR the other's pages into this one; how many are newly dirty."""
         self._same_size(other)
-        return _bits.or_all(self.words, self.pages, [other.words])[1]
+        return _bits.or_bits(self.words, 0, self.pages, other.words)
 
     def merge_all(self, sources: Sequence[DirtyBitmap]) -> int:
         """OR all sources into this one in one pass; how many pages are dirty then."""
         for source in sources:
             self._same_size(source)
-        return _bits.or_all(self.words, self.pages, [source.words for source in sources])[0]
+        return _bits.or_all(self.words, self.pages, [source.words for source in sources])
 
     def merge_bits(
         self,

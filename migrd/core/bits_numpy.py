@@ -87,7 +87,7 @@ def _or_coarse(
     return newly
 
 
-def or_all(dst: Writable, pages: int, sources: Sequence[Readable]) -> tuple[int, int]:
+def or_all(dst: Writable, pages: int, sources: Sequence[Readable]) -> int:
     to = words_of(dst, writable=True)
     others = [words_of(one) for one in sources]
     (pages,) = numbers(pages)
@@ -95,23 +95,19 @@ def or_all(dst: Writable, pages: int, sources: Sequence[Readable]) -> tuple[int,
     for other in others:
         apart(to, other)
         fits("a source", other.nbytes, 0, pages)
-    before = after = 0
+    total = 0
     counts = np.empty(CHUNK_WORDS, np.uint8)
     for part in chunks(pages // 64):
         words = to[part]
-        before += popcount(words, counts)
         for other in others:
             np.bitwise_or(words, other[part], out=words)
-        after += popcount(words, counts)
+        total += popcount(words, counts)
     if pages % 64:
-        at, old = pages // 64, int(to[pages // 64])
-        new = old
+        at, mask = pages // 64, low(pages % 64)
         for other in others:
-            new |= int(other[at]) & low(pages % 64)
-        to[at] = new
-        before += (old & low(pages % 64)).bit_count()
-        after += (new & low(pages % 64)).bit_count()
-    return after, after - before
+            _or_word(to, at, int(other[at]) & mask)
+        total += (int(to[at]) & mask).bit_count()
+    return total
 
 
 def and_not(dst: Writable, pages: int, src: Readable) -> None:
