@@ -25,9 +25,10 @@ from migrd.api.auth import Gate, load_tokens
 from migrd.api.models_migration import Defaults
 from migrd.api.server import ApiServer, serving
 from migrd.api.table import Limits, Scrape
-from migrd.config import Settings, Tls
+from migrd.config import QemuSampling, Settings, Tls
+from migrd.core.rate_reading import RateMode
 from migrd.engine.engine import Engine
-from migrd.engine.options import EngineOptions
+from migrd.engine.options import EngineOptions, SamplingOptions
 from migrd.engine.ports import Peer, TlsIdentity
 from migrd.engine.stream import Stream
 from migrd.engine.threads import in_thread
@@ -211,6 +212,20 @@ def engine_options(settings: Settings) -> EngineOptions:
         forbidden_tracking_policies=frozenset(settings.devices.forbidden_tracking_policies),
         dma_sample_interval_s=settings.devices.sample_interval_s,
         dma_sample_budget_s=settings.devices.sample_budget_ms / 1000,
+        sampling=sampling_options(settings),
+    )
+
+
+def sampling_options(settings: Settings) -> SamplingOptions:
+    """What is measured outside of migrations."""
+    sampling = settings.sampling
+    is_off = sampling.qemu_mode is QemuSampling.OFF
+    return SamplingOptions(
+        mode=None if is_off else RateMode(sampling.qemu_mode.value),
+        interval_s=sampling.interval_s,
+        windows_s=tuple(window_ms / 1000 for window_ms in sampling.windows_ms),
+        pages=sampling.sampled_pages,
+        budget_share=sampling.budget_percent / 100,
     )
 
 

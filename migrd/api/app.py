@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from migrd.api import routes, routes_devices, routes_host, routes_plug
+from migrd.api import routes, routes_devices, routes_host, routes_plug, routes_sampling
 from migrd.api.auth import Gate, Identity, Scope
 from migrd.api.models_migration import Defaults
 from migrd.api.problems import (
@@ -34,7 +34,7 @@ from migrd.api.table import ROUTES, Call, Limits, MetricsSnapshot, Route, Site, 
 from migrd.engine.service import Service
 from migrd.errors import MigrdError, NotAuthorized, RequestError, TooLarge
 
-DECLARED_IN: Final = (routes_host, routes_devices, routes_plug, routes)
+DECLARED_IN: Final = (routes_host, routes_devices, routes_plug, routes_sampling, routes)
 """Importing these fills ROUTES."""
 
 log = structlog.get_logger(__name__)

@@ -6,6 +6,7 @@ models_devices     IOMMUs and devices
 models_plan        passthrough devices of VMs, and the decision about them
 models_migration   what is asked of migrations
 models_progress    how a migration stands
+models_sampling    dirty rates measured outside of migrations
 problems           problem details
 """
 
@@ -71,6 +72,16 @@ from migrd.api.models_progress import (
     RoundList,
     TimelineEntry,
 )
+from migrd.api.models_sampling import (
+    DirtyRate,
+    MeasurementAsked,
+    RateHistory,
+    RatePoint,
+    RateWindow,
+    SamplingTrouble,
+    TrackerRate,
+    WorkingSet,
+)
 from migrd.api.problems import Problem
 from migrd.api.wire import NAME_PATTERN, WireModel
 
@@ -91,6 +102,7 @@ __all__ = [
     "DevicePlug",
     "DeviceReason",
     "DeviceVerdict",
+    "DirtyRate",
     "Estimate",
     "Event",
     "GivenDevice",
@@ -101,6 +113,7 @@ __all__ = [
     "LadderRung",
     "Launch",
     "LaunchDevice",
+    "MeasurementAsked",
     "Migration",
     "MigrationList",
     "MigrationRequest",
@@ -113,12 +126,17 @@ __all__ = [
     "PolicyRequest",
     "Problem",
     "Progress",
+    "RateHistory",
+    "RatePoint",
+    "RateWindow",
     "Readiness",
     "Refusal",
     "ResolveRequest",
     "Round",
     "RoundList",
+    "SamplingTrouble",
     "TimelineEntry",
+    "TrackerRate",
     "TrackingCost",
     "TrackingDecision",
     "TrackingDomain",
@@ -130,4 +148,5 @@ __all__ = [
     "VmFacts",
     "VmList",
     "WireModel",
+    "WorkingSet",
 ]

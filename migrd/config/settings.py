@@ -40,6 +40,14 @@ class Tls(StrEnum):
     OFF = "off"
 
 
+class QemuSampling(StrEnum):
+    """How QEMU measures what the guest's CPUs write."""
+
+    PAGE_SAMPLING = "page-sampling"
+    DIRTY_BITMAP = "dirty-bitmap"
+    OFF = "off"
+
+
 class LogLevel(StrEnum):
     DEBUG = "debug"
     INFO = "info"
@@ -411,6 +419,41 @@ class DevicesSettings(_Section):
     )
 
 
+class SamplingSettings(_Section):
+    """Dirty rates of the VMs, measured outside of migrations."""
+
+    qemu_mode: QemuSampling = Field(
+        default=QemuSampling.PAGE_SAMPLING,
+        description='How QEMU measures what the guest\'s CPUs write: "page-sampling" (hashes some '
+        'pages twice; the guest does not notice), "dirty-bitmap" (counts every page, but '
+        "write-protects the guest's memory each time, so that the first write to each page is "
+        'slower; only with KVM), or "off".',
+    )
+    interval_s: Annotated[float, Field(ge=5, le=86_400)] = Field(
+        default=30.0,
+        description="Time between two measurements of one VM, in seconds; longer where the budget "
+        "says so.",
+    )
+    windows_ms: Annotated[
+        tuple[Annotated[int, Field(ge=50, le=60_000)], ...], Field(min_length=1, max_length=8)
+    ] = Field(
+        default=(250, 1000, 4000),
+        description="Lengths of the windows of one measurement, in milliseconds. A page that is "
+        "written again in a longer window counts once: two lengths or more tell the working set. "
+        "QEMU before 8.2 takes whole seconds.",
+    )
+    sampled_pages: Annotated[int, Field(ge=128, le=1_000_000)] = Field(
+        default=2048,
+        description="So many pages of a guest are hashed in each window, within what QEMU takes "
+        "(128 to 4096 of each GiB): four times as many halve the error.",
+    )
+    budget_percent: Annotated[float, Field(gt=0, le=100)] = Field(
+        default=1.0,
+        description="CPU time that all measurements of this host together may take, in percent of "
+        "one core. When it is used up, the intervals grow.",
+    )
+
+
 class JournalSettings(_Section):
     """The durable record of what migrd means to do."""
 
@@ -471,6 +514,7 @@ class Settings(_Section):
     migration: MigrationSettings = Field(default_factory=MigrationSettings)
     watch: WatchSettings = Field(default_factory=WatchSettings)
     devices: DevicesSettings = Field(default_factory=DevicesSettings)
+    sampling: SamplingSettings = Field(default_factory=SamplingSettings)
     journal: JournalSettings = Field(default_factory=JournalSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     events: EventsSettings = Field(default_factory=EventsSettings)

@@ -14,7 +14,7 @@ Times are the caller's monotonic seconds: the wall clock may jump. Nothing is ke
 import math
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 TIERS: Final = ((10, 60), (60, 360))
@@ -106,14 +106,23 @@ class RateHistory:
         for ring in self._rings:
             ring.add(at_s, rate, set_bytes)
 
-    def points(self, since_s: float, now_s: float, step_s: int | None = None) -> list[HistoryPoint]:
+    def points(
+        self,
+        since_s: float,
+        now_s: float,
+        step_s: int | None = None,
+        *,
+        wall_offset_s: float = 0.0,
+    ) -> list[HistoryPoint]:
         """From `since_s` to now, oldest first, in steps of `step_s` (None: as fine as is kept for
-        all of that time). A step finer than what is kept becomes what is kept."""
+        all of that time). A step finer than what is kept becomes what is kept. `wall_offset_s` is
+        added to the times that come back."""
         reaching = (r for r in self._rings if now_s - since_s <= r.step_s * (r.slots - 1))
         ring = next(reaching, self._rings[-1])
         points = ring.points(since_s, now_s)
         wanted = ring.step_s if step_s is None else max(step_s, ring.step_s)
-        return list(_merged(points, -(-wanted // ring.step_s) * ring.step_s))
+        merged = _merged(points, -(-wanted // ring.step_s) * ring.step_s)
+        return [replace(point, start_s=point.start_s + wall_offset_s) for point in merged]
 
 
 def _merged(points: Iterator[HistoryPoint], step_s: int) -> Iterator[HistoryPoint]:

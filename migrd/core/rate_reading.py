@@ -18,7 +18,7 @@ down, in both modes that migrd uses:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -41,6 +41,49 @@ class Tracker(StrEnum):
     """Devices, by themselves."""
     PAGEMAP = "pagemap"
     """A process's CPUs, by its page tables."""
+
+
+class RateMode(StrEnum):
+    """How QEMU measures the writes of a guest's CPUs; its own words (DirtyRateMeasureMode)."""
+
+    PAGE_SAMPLING = "page-sampling"
+    """Hashes some pages twice: the guest does not notice."""
+    DIRTY_BITMAP = "dirty-bitmap"
+    """Switches dirty logging on: each page's first write is slower. Counts every page."""
+
+
+@dataclass(frozen=True)
+class RateOffer:
+    """What one VMM can measure of its guest's own writes."""
+
+    modes: frozenset[RateMode] = frozenset()
+    step_s: float = 1.0
+    """Windows are whole multiples of it."""
+    least_s: float = 1.0
+    most_s: float = 60.0
+
+    def windows(self, wanted_s: Iterable[float]) -> tuple[float, ...]:
+        """The windows nearest to those wanted, all different: what is too short becomes longer."""
+        steps: list[int] = []
+        for window_s in sorted(wanted_s):
+            least = max(math.ceil(self.least_s / self.step_s), steps[-1] + 1 if steps else 0)
+            step = max(round(window_s / self.step_s), least)
+            if step * self.step_s <= self.most_s:
+                steps.append(step)
+        return tuple(step * self.step_s for step in steps)
+
+
+@dataclass(frozen=True)
+class MeasuredRate:
+    """What a QEMU answered to one measurement."""
+
+    mib_per_s: int
+    """Rounded down."""
+    window_s: float
+    pages_per_gib: int | None
+    """Sampled; None: all pages were looked at."""
+    overrun_s: float
+    """How much later than the window's end the answer was there: what the hashing took, at most."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from migrd.core.facts import (
     TransferSettings,
     VmFacts,
 )
+from migrd.core.rate_reading import MeasuredRate, RateMode, RateOffer
 from migrd.core.vfio_launch import VfioLaunchDevice
 from migrd.engine.ports import PluggedFds, PortRange, TlsIdentity, TransferFeed
 from migrd.errors import VmmDied, VmmUnreachable
@@ -117,6 +118,14 @@ class AbsentVmm:
         self._nothing_known()
 
     async def unplug_device(self, id: str, *, within_s: float) -> None:
+        self._nothing_known()
+
+    async def rate_offer(self) -> RateOffer:
+        self._nothing_known()
+
+    async def measure_rate(
+        self, window_s: float, mode: RateMode, *, pages_per_gib: int
+    ) -> MeasuredRate:
         self._nothing_known()
 
     async def quit(self) -> None:

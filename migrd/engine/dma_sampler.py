@@ -67,6 +67,8 @@ class DmaSampler:
         self._areas: dict[HwptRef, Sequence[Area]] = {}
         self._slices = 1
         self._samples = 0
+        self.cost_s = 0.0
+        """Kernel time of the last sample's looks."""
 
     async def sample(self, *, tracking_is_on: bool = False) -> Mapping[HwptRef, DmaRate]:
         """One rate for each page table with dirty tracking. `tracking_is_on`: a migration goes on,
@@ -80,6 +82,7 @@ class DmaSampler:
             areas = await self._areas_of(hwpt)
             rates[hwpt] = await self._rate(looks, areas, tracking_is_on)
             spent_s += looks.spent_s
+        self.cost_s = spent_s
         fitting = int(slices * self._limits.budget_s / spent_s) if spent_s else 2 * slices
         self._slices = max(1, min(fitting, 2 * slices, self._limits.most_slices))
         return rates

@@ -13,13 +13,13 @@ import structlog
 from migrd.engine.decisions import Decisions
 from migrd.engine.device_holding import DeviceHolding
 from migrd.engine.device_start import DeviceStart
-from migrd.engine.dma_sampling import DmaSampling
 from migrd.engine.host import HostFacts
 from migrd.engine.migrations import Migrations
 from migrd.engine.reception import Reception
 from migrd.engine.recovery import adopt_found, recover
 from migrd.engine.reevaluation import Reevaluation
 from migrd.engine.registry import Registry
+from migrd.engine.sampler import Sampler
 from migrd.engine.vms import VmTable
 from migrd.engine.world import World
 
@@ -40,7 +40,8 @@ class Engine:
         self.holding = DeviceHolding(world, self._group)
         starts = DeviceStart(world, self.decisions, self.holding, self.host.devices)
         self.migrations = Migrations(world, self.vms, self._group, starts)
-        self.service = Registry(self.migrations, self.host)
+        self.sampler = Sampler(self.migrations, self.holding, self._group)
+        self.service = Registry(self.migrations, self.host, self.sampler)
         self.reception = Reception(self.migrations)
 
     async def __aenter__(self) -> Self:
@@ -55,8 +56,7 @@ class Engine:
         self.host.recovered = True
         self._group.create_task(self.host.watch(), name="peers")
         self._group.create_task(self._rescan(), name="rescan")
-        sampling = DmaSampling(self.migrations, self.holding)
-        self._group.create_task(sampling.watch(), name="dma rates")
+        self._group.create_task(self.sampler.watch(), name="rates")
         again = Reevaluation(self._world, self.vms, self.decisions)
         self._group.create_task(again.watch(), name="decisions")
         return self

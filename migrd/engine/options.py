@@ -3,8 +3,23 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from migrd.core.rate_reading import RateMode
 from migrd.core.tracking import TrackingPolicy
 from migrd.engine.ports import PortRange, TlsIdentity
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How dirty rates are measured outside of migrations."""
+
+    mode: RateMode | None = None
+    """How QEMU measures what the guest's CPUs write; None: it is not asked."""
+    interval_s: float = 30.0
+    windows_s: tuple[float, ...] = (0.25, 1.0, 4.0)
+    pages: int = 2048
+    """So many pages of a guest are sampled."""
+    budget_share: float = 0.01
+    """Of one core, for all VMs together."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,7 @@ class EngineOptions:
     dma_sample_interval_s: float = 10.0
     dma_sample_budget_s: float = 0.02
     """Kernel time of one sample of one VM's devices."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def switchover_s(self, downtime_limit_s: float) -> float:
         """Deadline of the switchover phase."""

@@ -31,6 +31,7 @@ from migrd.core.facts import (
 )
 from migrd.core.handover import DestinationEvent, DestinationPhase
 from migrd.core.migration import MigrationEvent, Request
+from migrd.core.rate_reading import MeasuredRate, RateMode, RateOffer
 from migrd.core.standing import StandingDecision
 from migrd.core.tracking import Migratability, Plan
 from migrd.core.vfio_launch import QemuVfioFeature, VfioLaunch, VfioLaunchDevice
@@ -197,6 +198,17 @@ class Vmm(Protocol):
         machine, together with the guest, which has to let go of it. Nothing happens when it is not
         there. VmmRefused: QEMU or the guest (`unplug_refused_by_guest`) keeps it. VmmTimedOut: the
         guest has not let go within `within_s`, and still may; say it again to go on waiting."""
+
+    async def rate_offer(self) -> RateOffer:
+        """What it can measure of its guest's writes outside of migrations; maybe nothing."""
+
+    async def measure_rate(
+        self, window_s: float, mode: RateMode, *, pages_per_gib: int
+    ) -> MeasuredRate:
+        """One measurement; returns when it is over. `window_s`: one of `RateOffer.windows`.
+        VmmRefused: it does not measure (`rate_busy`: another measurement is going on), or says what
+        no QEMU should. VmmTimedOut: it has not come to an end in time, and may still be going
+        on."""
 
     async def quit(self) -> None:
         """End the process: QMP `quit`, then SIGKILL by pidfd; returns when it is proven dead.

@@ -3,6 +3,8 @@
 Fulfils `service.Service`. A wish about a migration is judged by the core
 (`core.migration.admit_*`) and handed to the migration's owner task; the answer says what became of
 it: queued, already so, or denied with a named reason.
+
+Longer than other modules because the port that it fulfils is.
 """
 
 import asyncio
@@ -28,6 +30,8 @@ from migrd.engine.migrations import QUEUE_LIMIT, Migrations
 from migrd.engine.observations import as_decision, as_round
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import Peer, StoredRequest, Vmm
+from migrd.engine.rate_views import AskedRate, DirtyRatesView, HistoryView
+from migrd.engine.sampler import Sampler
 from migrd.engine.service import (
     Answer,
     Check,
@@ -59,8 +63,9 @@ RESOLVED: Final = {
 class Registry:
     """Service over the VM table and the migrations."""
 
-    def __init__(self, migrations: Migrations, host: HostFacts) -> None:
+    def __init__(self, migrations: Migrations, host: HostFacts, sampler: Sampler) -> None:
         self._migrations = migrations
+        self._sampler = sampler
         self._world = migrations.world
         self._vms: VmTable = migrations.vms
         self._host = host
@@ -126,6 +131,18 @@ class Registry:
     async def unplug_device(self, vm: str, id_: str, *, by: str) -> VmView:
         async with self._vms.lock(vm):
             return await self._lifecycle.unplug(vm, id_, by=by)
+
+    def dirty_rates(self, vm: str) -> DirtyRatesView:
+        return self._sampler.view(vm)
+
+    def dirty_rate_history(
+        self, vm: str, *, since_wall_s: float | None, step_s: int | None
+    ) -> HistoryView:
+        return self._sampler.history(vm, since_wall_s, step_s)
+
+    async def measure_dirty_rate(self, vm: str, *, by: str) -> AskedRate:
+        log.debug("dirty rate asked for", vm=vm, by=by)
+        return self._sampler.measure(vm)
 
     # Migrations: asking for one -------------------------------------------------------------
 

@@ -4,6 +4,8 @@ Views are snapshots: frozen, never a live object. `generation` of a migration gr
 every change a client can see; `resource_version` is one counter over the whole daemon, so that a
 watcher can ask for "anything newer than n". Calls raise the RequestError family, Unavailable or
 JournalError.
+
+Longer than other modules because it is one port, and whoever builds on it reads all of it.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from migrd.core.facts import Round, SpecDevice, VmFacts, VmSpec
 from migrd.core.migration import Cause, Mode, Policy, Refusal, Request
 from migrd.core.standing import StandingDecision
 from migrd.core.tracking import Migratability, Plan, Reason, TrackingPolicy
+from migrd.engine.rate_views import AskedRate, DirtyRatesView, HistoryView
 
 
 class Role(StrEnum):
@@ -353,6 +356,18 @@ class Service(Protocol):
     async def unplug_device(self, vm: str, id_: str, *, by: str) -> VmView:
         """Take one out, together with the guest. Raises NotFound (`unknown_device`), Conflict
         (`unplug_refused_by_guest`, ...), Unavailable (`unplug_pending`: ask again)."""
+
+    def dirty_rates(self, vm: str) -> DirtyRatesView:
+        """How fast a VM's memory gets dirty, as it was measured last. Raises NotFound."""
+
+    def dirty_rate_history(
+        self, vm: str, *, since_wall_s: float | None, step_s: int | None
+    ) -> HistoryView:
+        """The same of the last hours, as far as kept. None: an hour, as fine as it is kept."""
+
+    async def measure_dirty_rate(self, vm: str, *, by: str) -> AskedRate:
+        """Measure it soon. Raises NotFound, Conflict (`vm_migrating`, `vm_stopped`,
+        `vm_unreachable`, `sampling_off`)."""
 
     async def plan(self, request: Request) -> PlanView: ...
 

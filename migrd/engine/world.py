@@ -11,6 +11,7 @@ from migrd.engine.device_ports import DeviceInventory, Passthrough
 from migrd.engine.no_devices import NoInventory, NoPassthrough
 from migrd.engine.options import EngineOptions
 from migrd.engine.ports import Clock, Journal, Launcher, Peer, SystemClock
+from migrd.engine.rate_views import RateSeen
 from migrd.engine.stream import Stream
 
 
@@ -39,6 +40,10 @@ class Observer(Protocol):
 
     def decided(self, policy: str, decision: str, reason: str) -> None: ...
 
+    def rate_sampled(self, seen: RateSeen) -> None: ...
+
+    def rates_ended(self, vm: str) -> None: ...
+
 
 class NobodyWatches:
     """An Observer that counts nothing."""
@@ -64,6 +69,10 @@ class NobodyWatches:
     def estimate_was_wrong(self) -> None: ...
 
     def decided(self, policy: str, decision: str, reason: str) -> None: ...
+
+    def rate_sampled(self, seen: RateSeen) -> None: ...
+
+    def rates_ended(self, vm: str) -> None: ...
 
 
 @dataclass(frozen=True)

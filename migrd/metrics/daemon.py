@@ -16,14 +16,15 @@ from migrd.metrics.labels import OneOf
 
 QMP_COMMANDS: Final = frozenset(
     {
-        "announce-self", "block-export-add", "cont", "device_add", "device_del", "getfd",
-        "human-monitor-command", "migrate", "migrate-continue", "migrate-incoming",
+        "announce-self", "block-export-add", "calc-dirty-rate", "cont", "device_add", "device_del",
+        "getfd", "human-monitor-command", "migrate", "migrate-continue", "migrate-incoming",
         "migrate-pause", "migrate-recover", "migrate-set-capabilities", "migrate-set-parameters",
         "migrate-start-postcopy", "migrate_cancel", "object-add", "object-del", "qmp_capabilities",
-        "qom-get", "qom-list", "query-blockstats", "query-cpus-fast", "query-machines",
-        "query-memory-size-summary", "query-migrate", "query-migrate-capabilities",
-        "query-migrate-parameters", "query-name", "query-pci", "query-qmp-schema",
-        "query-status", "query-uuid", "query-version", "query-yank", "quit", "stop", "yank",
+        "qom-get", "qom-list", "query-blockstats", "query-cpus-fast", "query-dirty-rate",
+        "query-kvm", "query-machines", "query-memory-size-summary", "query-migrate",
+        "query-migrate-capabilities", "query-migrate-parameters", "query-name", "query-pci",
+        "query-qmp-schema", "query-status", "query-uuid", "query-version", "query-yank", "quit",
+        "stop", "yank",
     }
 )  # fmt: skip
 QMP_OUTCOMES: Final = ("ok", "refused", "late", "lost", "not_sent")

@@ -35,6 +35,7 @@ from migrd.metrics.devices import device_families
 from migrd.metrics.migrations import migration_families
 from migrd.metrics.recorder import Metrics
 from migrd.metrics.render import Renderer, Rows
+from migrd.metrics.sampling import Sampled, sampling_families
 from migrd.metrics.vms import tracked_vms, vm_families
 
 MIN_INTERVAL_S: Final = 1.0
@@ -75,6 +76,7 @@ class _Frozen:
     migrations: Sequence[MigrationView]
     transferred: Rows
     dirty_pages: Rows
+    sampled: Sampled
     inventory: Inventory | None
     at_s: float
 
@@ -145,6 +147,7 @@ class Exposition:
             migrations=migrations,
             transferred=self._metrics.migrations.freeze(tracked),
             dirty_pages=self._metrics.vms.freeze(tracked),
+            sampled=self._metrics.sampling.freeze(tracked),
             inventory=self._metrics.devices.inventory,
             at_s=at_s,
         )
@@ -153,7 +156,10 @@ class Exposition:
         body = generate_latest(self._metrics.registry) + self._renderer.render(
             (
                 *migration_families(frozen.migrations, frozen.transferred),
-                *vm_families(frozen.vms, frozen.migrations, frozen.dirty_pages),
+                *vm_families(
+                    frozen.vms, frozen.migrations, frozen.dirty_pages, frozen.sampled.rates
+                ),
+                *sampling_families(frozen.sampled),
                 *device_families(frozen.inventory),
             )
         )

@@ -10,10 +10,12 @@ from prometheus_client import CollectorRegistry
 
 from migrd.core.devices import Inventory
 from migrd.core.facts import Round
+from migrd.engine.rate_views import RateSeen
 from migrd.metrics.daemon import DaemonMetrics
 from migrd.metrics.decisions import DecisionMetrics
 from migrd.metrics.devices import DeviceMetrics
 from migrd.metrics.migrations import MigrationMetrics
+from migrd.metrics.sampling import SamplingMetrics
 from migrd.metrics.vms import VmMetrics
 
 
@@ -27,6 +29,7 @@ class Metrics:
         self.vms = VmMetrics()
         self.devices = DeviceMetrics(self.registry)
         self.decisions = DecisionMetrics(self.registry)
+        self.sampling = SamplingMetrics(self.registry)
         self.daemon = DaemonMetrics(self.registry, peers)
         self.changes = 0
         """Grows with everything worth a new rendering. Two threads may count one change as one."""
@@ -84,6 +87,16 @@ class Metrics:
         """A decision about a VM's passthrough devices stands from now on."""
         self.changes += 1
         self.decisions.decided(policy, decision, reason)
+
+    def rate_sampled(self, seen: RateSeen) -> None:
+        """A VM's dirty rate was measured, or should have been. Happens all the time: no change."""
+        self.sampling.rate_sampled(seen)
+        self.vms.dirtied(seen.vm, seen.tracker, seen.pages)
+
+    def rates_ended(self, vm: str) -> None:
+        """Nothing of this VM is measured any more."""
+        self.changes += 1
+        self.sampling.rates_ended(vm)
 
     def journal_committed(self, seconds: float) -> None:
         """A journal transaction became durable in this time."""

@@ -1,6 +1,7 @@
 """Metrics of the VMs on this host. Every series here ends when its VM is no longer tracked."""
 
 from collections.abc import Iterable
+from types import MappingProxyType
 from typing import Final
 
 from migrd.core.facts import REQUIRED_FEATURES
@@ -17,13 +18,14 @@ VERDICTS: Final = (*(one.value for one in Migratability), UNKNOWN)
 DIRTY_RATE = Family(
     "migrd_vm_dirty_bytes_per_second",
     "gauge",
-    "Memory newly dirtied by this VM, by who tracked the writes.",
+    "Memory newly dirtied by this VM, by who tracked the writes: in a migration by its rounds, "
+    "outside as it was measured last.",
     ("vm", "tracker"),
 )
 DIRTY_PAGES = Family(
     "migrd_vm_dirty_pages_total",
     "counter",
-    "Pages seen dirty in the rounds of this VM, by who tracked the writes.",
+    "Pages of this VM seen dirty in rounds and in measured windows, by who tracked the writes.",
     ("vm", "tracker"),
 )
 MIGRATABLE = Family(
@@ -56,18 +58,21 @@ class VmMetrics:
 
 
 def vm_families(
-    vms: Iterable[VmView], migrations: Iterable[MigrationView], dirty_pages: Rows
+    vms: Iterable[VmView],
+    migrations: Iterable[MigrationView],
+    dirty_pages: Rows,
+    sampled: Rows = MappingProxyType({}),
 ) -> tuple[tuple[Family, Rows], ...]:
-    """The series of the VMs that are tracked."""
-    rates: dict[LabelValues, float] = {}
+    """The series of the VMs that are tracked; `sampled`: the rates that were measured last."""
+    rates = dict(sampled)
     for migration in migrations:
         rate = migration.progress.dirty_bytes_per_s
         if not migration.is_terminal and rate is not None:
             rates[(migration.vm, "qemu")] = rate
     migratable: dict[LabelValues, float] = {}
     for vm in vms:
-        sampled = [one.rate.dirty_bytes_per_s for one in vm.dma_rates]
-        if known := [rate for rate in sampled if rate is not None]:
+        of_devices = [one.rate.dirty_bytes_per_s for one in vm.dma_rates]
+        if known := [rate for rate in of_devices if rate is not None]:
             rates[(vm.name, "iommu")] = sum(known)
         verdict = verdict_of(vm)
         for word in VERDICTS:

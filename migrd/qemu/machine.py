@@ -22,6 +22,8 @@ it `failed`, not paused; it then starts the guest again that already runs at the
 starts no guest that it found stopped, so we stop it ourselves before `migrate-start-postcopy`. It
 begins to complete when what is left fits the downtime limit: with a limit of zero the rest travels
 while a break can still be mended.
+
+Longer than other modules because the port that it fulfils is.
 """
 
 import asyncio
@@ -39,10 +41,11 @@ from migrd.core.facts import (
     TransferSettings,
     VmFacts,
 )
+from migrd.core.rate_reading import MeasuredRate, RateMode, RateOffer
 from migrd.core.vfio_launch import VfioLaunchDevice
 from migrd.engine.ports import PluggedFds, PortRange, TlsIdentity
 from migrd.errors import VmmDied, VmmError, VmmTimedOut, VmmUnreachable
-from migrd.qemu import migration, samples
+from migrd.qemu import dirty_rate, migration, samples
 from migrd.qemu.attachment import Attachment
 from migrd.qemu.calls import CallObserver
 from migrd.qemu.device_facts import ask_devices
@@ -313,6 +316,15 @@ class Machine:
 
     async def unplug_device(self, id: str, *, within_s: float) -> None:
         await self._plugging.unplug(id, within_s=within_s)
+
+    async def rate_offer(self) -> RateOffer:
+        return dirty_rate.offer(await self.schema())
+
+    async def measure_rate(
+        self, window_s: float, mode: RateMode, *, pages_per_gib: int
+    ) -> MeasuredRate:
+        schema = await self.schema()
+        return await dirty_rate.measure(self._ask, schema, window_s, mode, pages_per_gib)
 
     async def quit(self) -> None:
         if self.monitor.is_connected:

@@ -38,6 +38,12 @@ class QmpSchema:
     object_types: frozenset[str]
     """What object-add can make."""
     multifd_compressions: frozenset[str]
+    dirty_rate_arguments: frozenset[str] = frozenset()
+    """Of calc-dirty-rate."""
+    dirty_rate_modes: frozenset[str] = frozenset()
+    """Of calc-dirty-rate; empty: this QEMU cannot choose."""
+    dirty_rate_units: frozenset[str] = frozenset()
+    """In which calc-dirty-rate takes its window; empty: seconds only."""
 
     @property
     def features(self) -> frozenset[Feature]:
@@ -104,6 +110,9 @@ def read_schema(answer: object) -> QmpSchema:
         multifd_compressions=types.words(
             "migrate-set-parameters", "arg-type", "multifd-compression"
         ),
+        dirty_rate_arguments=types.members("calc-dirty-rate"),
+        dirty_rate_modes=types.words("calc-dirty-rate", "arg-type", "mode"),
+        dirty_rate_units=types.words("calc-dirty-rate", "arg-type", "calc-time-unit"),
     )
     if len(_KNOWN) >= KNOWN_BOUND:
         _KNOWN.clear()

@@ -61,6 +61,9 @@ def test_the_routes_are_those_of_the_design(document: dict[str, Any]) -> None:
         "/v1/vms/{vm}",
         "/v1/vms/{vm}/devices",
         "/v1/vms/{vm}/devices/{device}",
+        "/v1/vms/{vm}/dirty-rate",
+        "/v1/vms/{vm}/dirty-rate/history",
+        "/v1/vms/{vm}/dirty-rate:measure",
         "/v1/vms/{vm}:plan",
         "/v1/vms/{vm}:start",
         "/v1/vms/{vm}:stop",
@@ -98,8 +101,9 @@ def test_every_quantity_carries_its_unit(document: dict[str, Any]) -> None:
     """A number is a count, an id, a version, a percentage, or it says its unit."""
     unitless = {"generation", "resource_version", "epoch", "id", "pid", "status", "number"}
     unitless |= {"hardware_type", "iommu_group", "numa_node", "first_rung", "next_rung"}
-    unitless |= {"iommufd", "hwpt_id", "amplification"}
+    unitless |= {"iommufd", "hwpt_id", "amplification", "misfit"}
     counted = {"rounds", "vms", "queue_position", "round_number", "postcopy_requests", "devices"}
+    counted |= {"measurements", "failures"}
     slots = {f"{way}_{what}" for way in ("outgoing", "incoming") for what in ("slots", "active")}
     unit = re.compile(r"(_ms|_s|_bytes|_bytes_per_s|_pages_per_s|_percent|_channels)$")
     for name, schema in document["components"]["schemas"].items():

@@ -9,9 +9,10 @@ from migrd.engine.service import DeviceView, PlanView, PlugRequest, VmView, What
 from migrd.errors import Conflict, NotFound
 from tests.fakes.deciding import Deciding
 from tests.fakes.inventory import mixed_host
+from tests.fakes.rates import FakeRates
 
 
-class ScriptedDevices:
+class ScriptedDevices(FakeRates):
     """The part of Service that is about devices."""
 
     version = 1

@@ -36,6 +36,7 @@ from migrd.core.facts import (
 from migrd.core.vfio_launch import GivenBy, QemuVfioFeature, VfioLaunch, VfioLaunchDevice
 from migrd.errors import VmmRefused
 from tests.fakes.guest import Guest, Holder
+from tests.fakes.meter import FakeMeter
 from tests.fakes.transfer import Transfer
 from tests.fakes.virtual_time import now_s
 from tests.fakes.wire import MIB, FakeWire
@@ -149,6 +150,7 @@ class FakeQemu:
         self.missing_from: Holder | None = None
         self.numbers = Numbers()
         self.limits = Limits()
+        self.meter = FakeMeter()
         self.transfer: Transfer | None = None
         given = devices or VfioLaunch()
         self.devices = {device.id: device for device in given.devices}

@@ -60,6 +60,7 @@ from migrd.engine.stream import Stream
 from migrd.errors import Conflict, Invalid, NotFound, Violation
 from tests.fakes.deciding import Deciding
 from tests.fakes.inventory import mixed_host
+from tests.fakes.rates import FakeRates
 
 WALL_S = 1_795_000_000.0
 PAGE_BYTES = 4096
@@ -102,7 +103,7 @@ class FakeMigration:
     digest: str = ""
 
 
-class FakeService:
+class FakeService(FakeRates):
     """One host with two peers, one profile, and whatever the test puts in."""
 
     def __init__(self, *, history: int = 1000, queue: int = 100) -> None:

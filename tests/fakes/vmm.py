@@ -25,6 +25,7 @@ from migrd.core.facts import (
     TransferSettings,
     VmFacts,
 )
+from migrd.core.rate_reading import MeasuredRate, RateMode, RateOffer
 from migrd.core.vfio_launch import GivenBy, VfioLaunchDevice
 from migrd.engine.ports import PluggedFds, TlsIdentity
 from migrd.errors import VmmDied, VmmRefused, VmmTimedOut, VmmUnreachable
@@ -347,6 +348,21 @@ class FakeVmm:
                 raise VmmTimedOut(text, code="unplug_timed_out")
             await asyncio.sleep(LATENCY_S)
         self._leaving.discard(id)
+
+    async def rate_offer(self) -> RateOffer:
+        return await self._in_band(lambda: self.qemu.meter.offer)
+
+    async def measure_rate(
+        self, window_s: float, mode: RateMode, *, pages_per_gib: int
+    ) -> MeasuredRate:
+        meter = self.qemu.meter
+        await self._in_band(lambda: meter.begin(window_s, mode))
+        overrun_s = await meter.until_over(window_s)
+        load, is_running = self.qemu.load, self.qemu.run_state is RunState.RUNNING
+        pages = pages_per_gib if mode is RateMode.PAGE_SAMPLING else None
+        return await self._in_band(
+            lambda: meter.figure(load, window_s, pages, overrun_s, is_running=is_running)
+        )
 
     async def quit(self) -> None:
         if self.qemu.is_dead:

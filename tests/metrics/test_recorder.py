@@ -11,8 +11,10 @@ from prometheus_client.parser import text_string_to_metric_families
 import migrd
 from migrd.core.facts import Round
 from migrd.core.phases import Phase
+from migrd.core.rate_reading import Tracker
 from migrd.core.standing import StandingDecision
 from migrd.core.tracking import Migratability, Plan, TrackingPolicy
+from migrd.engine.rate_views import RateSeen
 from migrd.engine.service import Role, VmView
 from migrd.engine.world import Observer
 from migrd.metrics import Exposition, Metrics
@@ -23,6 +25,8 @@ from tests.metrics.views import Host, migration_view, vm_facts, vm_view
 NAMES = {
     "migrd_build_info",
     "migrd_device_estimates_wrong",
+    "migrd_dirty_rate_samples",
+    "migrd_dirty_rate_sampling_cpu_seconds",
     "migrd_devices",
     "migrd_event_loop_lag_seconds",
     "migrd_harvest_duration_seconds",
@@ -43,6 +47,7 @@ NAMES = {
     "migrd_tracking_decisions",
     "migrd_vm_dirty_bytes_per_second",
     "migrd_vm_dirty_pages",
+    "migrd_vm_dirty_rate_sampled_timestamp_seconds",
     "migrd_vm_migratable",
 }
 """The interface's metrics that can be filled (the parser takes `_total` off)."""
@@ -77,6 +82,7 @@ def busy() -> tuple[Metrics, Host]:
     metrics.inventory_seen(mixed_host())
     metrics.estimate_was_wrong()
     metrics.decided("auto", "live", "none")
+    metrics.rate_sampled(RateSeen("web", Tracker.QEMU, "ok", 4096.0, 0.0, 0.002, 1_795_000_000.0))
     host = Host(known=[vm_view("web", vm_facts())], moving=[migration_view("web")])
     return metrics, host
 
