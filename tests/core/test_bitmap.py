@@ -31,8 +31,8 @@ def bitmap_of(pages: int, dirty: set[int]) -> DirtyBitmap:
 
 
 def dirty_in(bitmap: DirtyBitmap) -> set[int]:
-    number = int.from_bytes(bitmap.words.tobytes(), "little")
-    return {page for page in range(len(bitmap.words) * 64) if number >> page & 1}
+    dirty = np.flatnonzero(bitmap.words).tolist()
+    return {n * 64 + bit for n in dirty for bit in range(64) if int(bitmap.words[n]) >> bit & 1}
 
 
 def runs_of(dirty: set[int], gap: int = 0) -> list[tuple[int, int]]:
@@ -126,6 +126,16 @@ def test_merging_many_at_once_tells_what_is_dirty_then(
     bitmap = bitmap_of(pages, dirty)
     after = dirty.union(*others)
     assert bitmap.merge_all([bitmap_of(pages, other) for other in others]) == len(after)
+    assert dirty_in(bitmap) == after
+
+
+@pytest.mark.parametrize("sources", [1, 2, 3, 4, 5, 9])
+def test_merging_many_words_of_many_sources(sources: int) -> None:
+    pages = 2 * 2048 * 64 + 77
+    each = [{n, 2048 * 64 + n * n, pages - 1 - n} for n in range(sources)]
+    bitmap = bitmap_of(pages, {1, 2, 300})
+    after = {1, 2, 300}.union(*each)
+    assert bitmap.merge_all([bitmap_of(pages, one) for one in each]) == len(after)
     assert dirty_in(bitmap) == after
 
 
