@@ -1,7 +1,8 @@
 """The daemon: the only place that knows every part, and builds them in order.
 
-    settings > log > directories > journal > launcher > peers (TLS) > passthrough (sysfs, VFIO)
-             > engine (replays, goes on) > listener for peers > API > READY
+    settings > log > directories > journal > launchers, listener for processes that hand over
+             > peers (TLS) > passthrough (sysfs, VFIO) > engine (replays, goes on)
+             > listener for peers > API > READY
              ...... signal > STOPPING, in reverse
 
 Whatever is built is an async context on one stack, so a failure half way undoes what was done, and
@@ -13,7 +14,7 @@ import contextlib
 import grp
 import signal
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +28,13 @@ from migrd.api.server import ApiServer, serving
 from migrd.api.table import Limits, Scrape
 from migrd.config import QemuSampling, Settings, Tls
 from migrd.core.rate_reading import RateMode
+from migrd.direct.handoff_listener import HandoffListener
+from migrd.direct.launcher import DirectLauncher
+from migrd.direct.offer import OfferedDeviceLog, OfferedHwpt, OfferedRange
+from migrd.direct.parts import KernelParts
+from migrd.direct.profile_files import load_direct_profiles
+from migrd.direct.vmm import DirectOptions
+from migrd.engine.dirty_ports import DirtySource, IovaPiece
 from migrd.engine.engine import Engine
 from migrd.engine.options import EngineOptions, SamplingOptions
 from migrd.engine.ports import Peer, TlsIdentity
@@ -36,8 +44,13 @@ from migrd.engine.world import World
 from migrd.errors import ConfigError
 from migrd.journal.retention import Retention
 from migrd.journal.sqlite import open_journal
+from migrd.kernel.dirty_device import DeviceLogSource
+from migrd.kernel.dirty_iommufd import HwptSource
+from migrd.kernel.dirty_process import ProcessRange, ProcessSource
 from migrd.kernel.inventory import HostInventory
 from migrd.kernel.passthrough import KernelPassthrough
+from migrd.kernel.vfio import VfioDevice
+from migrd.launchers import EngineLauncher, Launchers
 from migrd.log import configure
 from migrd.metrics.exposition import Exposition
 from migrd.metrics.loop_lag import LoopLagProbe
@@ -143,11 +156,7 @@ async def _world(
             on_commit=metrics.journal_committed,
         )
     )
-    profiles = await in_thread(load_profiles, settings.host.profiles_dir)
-    launcher = QemuLauncher(
-        profiles, settings.host.runtime_dir, settings.host.adopt_dir, observe=metrics.qmp_called
-    )
-    stack.push_async_callback(launcher.close)
+    launcher = await _launchers(settings, metrics, stack)
     peers: dict[str, Peer] = {}
     for name, entry in settings.peers.items():
         if tls is not None:
@@ -167,6 +176,64 @@ async def _world(
         inventory=HostInventory(rescan_every_s=settings.devices.rescan_interval_s),
         passthrough=passthrough,
     )
+
+
+async def _launchers(
+    settings: Settings, metrics: Metrics, stack: contextlib.AsyncExitStack
+) -> Launchers:
+    host = settings.host
+    profiles = await in_thread(load_profiles, host.profiles_dir)
+    qemu = QemuLauncher(profiles, host.runtime_dir, host.adopt_dir, observe=metrics.qmp_called)
+    stack.push_async_callback(qemu.close)
+    direct = await _direct_launcher(settings, stack)
+    return Launchers(
+        [
+            EngineLauncher(profiles.by_name, qemu),
+            EngineLauncher(direct.profiles.by_name, direct),
+        ]
+    )
+
+
+async def _direct_launcher(settings: Settings, stack: contextlib.AsyncExitStack) -> DirectLauncher:
+    """Listening: processes that were there before this daemon hand over anew at once."""
+    direct = settings.direct
+    profiles = await in_thread(load_direct_profiles, settings.host.profiles_dir)
+    options = DirectOptions(direct.channels, direct.largest_guest_mib << 20)
+    launcher = DirectLauncher(
+        profiles, settings.host.runtime_dir, direct.socket, KERNEL_PARTS, options
+    )
+    gid = await in_thread(_gid, "direct.socket_group", direct.socket_group)
+    listener = HandoffListener(
+        direct.socket,
+        on_client=launcher.take,
+        mode=direct.socket_mode,
+        gid=None if gid < 0 else gid,
+        uids=direct.allow_uids,
+    )
+    await stack.enter_async_context(listener)
+    stack.push_async_callback(launcher.close)  # before the listener: guests are resumed by it
+    return launcher
+
+
+def _hwpt_source(offered: OfferedHwpt, name: str) -> DirtySource:
+    pieces = [IovaPiece(one.address, one.length_bytes, one.first_page) for one in offered.ranges]
+    size = offered.page_size_bytes
+    return HwptSource.handed_over(offered.iommufd_fd, offered.hwpt_id, pieces, size, name)
+
+
+def _device_log_source(offered: OfferedDeviceLog, name: str) -> DirtySource:
+    pieces = [IovaPiece(one.address, one.length_bytes, one.first_page) for one in offered.ranges]
+    return DeviceLogSource(offered.device_fd, pieces, offered.page_size_bytes, name)
+
+
+def _process_source(pagemap_fd: int, ranges: Sequence[OfferedRange], name: str) -> DirtySource:
+    pieces = [ProcessRange(one.address, one.length_bytes, one.first_page) for one in ranges]
+    return ProcessSource(pagemap_fd, pieces, name)
+
+
+KERNEL_PARTS: Final = KernelParts(
+    _process_source, _hwpt_source, _device_log_source, VfioDevice.adopt
+)
 
 
 async def _peer_tls(settings: Settings) -> PeerTls | None:
@@ -282,7 +349,7 @@ async def _listen_for_clients(
     for each in inherited:
         await server.serve_inherited(each.socket)
     if not inherited:
-        gid = await in_thread(_gid, api.socket_group)
+        gid = await in_thread(_gid, "api.socket_group", api.socket_group)
         await server.serve_unix(api.socket, mode=api.socket_mode, gid=gid)
     await _listen_on_tcp(settings, server)
 
@@ -311,13 +378,13 @@ def _server_tls(cert: Path, key: Path | None) -> ssl.SSLContext:
     return context
 
 
-def _gid(group: str | None) -> int:
-    """Blocking. Raises ConfigError."""
+def _gid(key: str, group: str | None) -> int:
+    """-1: the daemon's own. Blocking. Raises ConfigError."""
     if group is None:
         return -1
     try:
         return grp.getgrnam(group).gr_gid
     except KeyError:
         raise ConfigError(
-            f"api.socket_group {group!r} is no group of this system: create it, or name another"
+            f"{key} {group!r} is no group of this system: create it, or name another"
         ) from None

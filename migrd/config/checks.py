@@ -133,13 +133,17 @@ def _device_conflicts(settings: Settings) -> Iterator[Conflict]:
 
 
 def _path_conflicts(settings: Settings) -> Iterator[Conflict]:
-    path = str(settings.api.socket)
-    if len(path.encode()) > SUN_PATH_BYTES:
-        yield Conflict(
-            "api.socket",
-            f"= {path!r} is {len(path.encode())} bytes long; "
-            f"a unix socket's path has at most {SUN_PATH_BYTES}",
-        )
+    for key, socket in (
+        ("api.socket", settings.api.socket),
+        ("direct.socket", settings.direct.socket),
+    ):
+        path = str(socket)
+        if len(path.encode()) > SUN_PATH_BYTES:
+            yield Conflict(
+                key,
+                f"= {path!r} is {len(path.encode())} bytes long; "
+                f"a unix socket's path has at most {SUN_PATH_BYTES}",
+            )
     runtime_dir, room = str(settings.host.runtime_dir), SUN_PATH_BYTES - INSTANCE_ROOM_BYTES
     if len(runtime_dir.encode()) > room:
         yield Conflict(

@@ -38,6 +38,7 @@ EXAMPLES: Final = {
     "host.name": '"host-a"',
     "host.adopt_dir": '"/run/qemu-monitors"',
     "api.socket_group": '"migrd"',
+    "direct.socket_group": '"migrd"',
     "api.tcp.token_file": '"/etc/migrd/api-token"',
     "api.tcp.tls_cert": '"/etc/migrd/api-cert.pem"',
     "api.tcp.tls_key": '"/etc/migrd/api-key.pem"',

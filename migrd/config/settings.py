@@ -375,6 +375,40 @@ class MigrationSettings(_Section):
         )
 
 
+class DirectSettings(_Section):
+    """Processes that hand their guests over: migrd itself moves their memory, without QEMU."""
+
+    socket: AbsolutePath = Field(
+        default=Path("/run/migrd/direct.sock"),
+        description="Unix socket where they hand over; at most 107 bytes long. "
+        "Default: direct.sock in host.runtime_dir.",
+    )
+    socket_mode: FileMode = Field(
+        default=0o660,
+        description='Mode of the socket: octal digits in quotes, "0660", or a TOML octal number, '
+        "0o660.",
+    )
+    socket_group: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
+        default=None,
+        description="Group that owns the socket. Not set: the daemon's own group.",
+    )
+    allow_uids: tuple[UserId, ...] = Field(
+        default=(),
+        description="Numeric users whose processes may hand over. Root and the daemon's own user "
+        "always may. A profile's `user` needs to be here, and able to reach the socket.",
+    )
+    channels: Annotated[int, Field(ge=1, le=16)] = Field(
+        default=2,
+        description="Parallel connections for memory, where the request does not say "
+        "(multifd_channels).",
+    )
+    largest_guest_mib: Annotated[int, Field(ge=1, le=24 << 20)] = Field(
+        default=24 << 20,
+        description="Most memory of one guest, in MiB, that is taken from another host. A launch "
+        "profile may allow less.",
+    )
+
+
 class WatchSettings(_Section):
     """Watching the VMs of this host."""
 
@@ -512,6 +546,7 @@ class Settings(_Section):
     peer: PeerSettings = Field(default_factory=PeerSettings)
     peers: dict[HostName, RosterEntry] = Field(default_factory=dict)
     migration: MigrationSettings = Field(default_factory=MigrationSettings)
+    direct: DirectSettings = Field(default_factory=DirectSettings)
     watch: WatchSettings = Field(default_factory=WatchSettings)
     devices: DevicesSettings = Field(default_factory=DevicesSettings)
     sampling: SamplingSettings = Field(default_factory=SamplingSettings)
@@ -549,6 +584,7 @@ class Settings(_Section):
 
 _DERIVED: Final = (
     (("api", "socket"), ("host", "runtime_dir"), "api.sock"),
+    (("direct", "socket"), ("host", "runtime_dir"), "direct.sock"),
     (("journal", "path"), ("host", "state_dir"), "journal.db"),
     (("migration", "listen_host"), ("peer", "listen_host"), None),
 )

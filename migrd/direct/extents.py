@@ -47,7 +47,8 @@ class Batch:
 
 
 class ExtentFeed:
-    """Thread-safe. `hole_pages` counts what was left out."""
+    """Thread-safe. `hole_pages` counts what was left out; `end_page` is where it has come to: all
+    pages of the merged page space before it were handed out, or were holes."""
 
     def __init__(
         self,
@@ -62,12 +63,24 @@ class ExtentFeed:
         self._leave_holes = leave_holes
         self._lock = threading.Lock()
         self._batches = self._make()
+        self._is_stopped = False
         self.hole_pages = 0
+        self.end_page = 0
 
     def next(self) -> Batch | None:
-        """None: that was all."""
+        """None: that was all, or it was stopped."""
         with self._lock:
-            return next(self._batches, None)
+            batch = None if self._is_stopped else next(self._batches, None)
+            if batch is not None:
+                offset, length = batch.extents[-1]
+                self.end_page = batch.file.region.first_page + (offset + length) // PAGE_BYTES
+            elif not self._is_stopped:
+                self.end_page = self._taken.pages
+            return batch
+
+    def stop(self) -> None:
+        """Hand out nothing more."""
+        self._is_stopped = True
 
     def _make(self) -> Iterator[Batch]:
         for file in self._files:

@@ -185,10 +185,20 @@ class Sender:
             self._meter.total_bytes, self._meter.bytes_per_s, self._round.remaining_pages
         )
 
-    async def abort(self, reason: str = "the source has ended the transfer") -> None:
-        """Hang up at once, whatever is going on, and join the threads. Idempotent."""
+    def break_round(self) -> None:
+        """Let the round that is being sent end early: what no channel has begun with is back in
+        `pending` when `send` returns. Nothing happens between rounds."""
+        if self._round.feed is not None:
+            self._round.feed.stop()
+
+    async def abort(
+        self, reason: str = "the source has ended the transfer", *, is_told: bool = True
+    ) -> None:
+        """Hang up at once, whatever is going on, and join the threads. Idempotent.
+
+        `is_told`: between rounds the destination is told why, and waits for no other session."""
         why = StreamError(reason, code="stream_ended")
-        is_idle = not self._busy.locked() and self._ended is None
+        is_idle = not self._busy.locked() and self._ended is None and is_told
         self._ended = self._ended or why
         self._interrupt(why)
         async with self._busy:
@@ -213,7 +223,7 @@ class Sender:
         self._round = _Round(pages, feed, tuple(one.carried for one in self._outflows))
         await self._together([partial(one.send_round, feed, order) for one in self._outflows])
         self._rounds += 1
-        await in_thread(self._taken.clear)
+        await in_thread(self._taken.unmark, 0, feed.end_page)
         carried = self._round.carried
         return Sent(
             extents=sum(one.extents for one in carried),

@@ -30,6 +30,7 @@ from migrd.errors import (
     MigrdError,
     VmmError,
 )
+from migrd.processes.ending import to_the_end
 from migrd.processes.process import Life, WatchedProcess
 from migrd.processes.spawn import Child, Inheritance, Wording, spawn
 from migrd.qemu.adoption import AdoptDirectory, Adopted
@@ -55,7 +56,6 @@ from migrd.qemu.starting import (
     command_line,
     end_failed,
     refuse_bad_names,
-    to_the_end,
     verify_started,
     watched,
 )

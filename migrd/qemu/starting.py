@@ -14,10 +14,10 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from migrd.core.facts import RunState, VmSpec
 from migrd.engine.threads import in_thread
@@ -201,17 +201,3 @@ def _kill_rest(at: Instance) -> bool:
             kill_once(identity)
         time.sleep(_REST_PAUSE_S)
     return False
-
-
-async def to_the_end(work: Coroutine[Any, Any, VmmError]) -> VmmError:
-    """Run `work` to its end, however often this task is cancelled; then be cancelled."""
-    task = asyncio.create_task(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-    return task.result()
