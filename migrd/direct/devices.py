@@ -30,36 +30,32 @@ Source: linux/vfio.h (enum vfio_device_mig_state).
 """
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 from migrd.core.device_state import DeviceState
 from migrd.core.devices import MigrationFlag
+from migrd.direct.all_devices import LIMITS, AllDevices, again, all_ended, run_devices
 from migrd.direct.device_frames import LARGEST_CHUNK_BYTES, FrameReader, FrameWriter
 from migrd.direct.passed_device import DeviceLimits, Offered, PassedDevice
 from migrd.engine.device_state_ports import OpenDevice
-from migrd.errors import (
-    DeviceError,
-    DeviceNeedsReset,
-    DeviceRefused,
-    DeviceTimedOut,
-    MigrdError,
-)
+from migrd.errors import DeviceNeedsReset, DeviceRefused, MigrdError
 
-__all__ = ["DestinationDevices", "DeviceLimits", "DeviceSize", "Emit", "SourceDevices"]
+__all__ = [
+    "DestinationDevices",
+    "DeviceLimits",
+    "DeviceSize",
+    "Emit",
+    "SourceDevices",
+    "run_devices",
+]
 
-T = TypeVar("T")
 Emit = Callable[[str, bytes], Awaitable[object]]
 """Takes (device id, frame) to the other side's `take`, frames of one device in their order. It is
 awaited before more is read: that is the flow control."""
-LARGEST_DEVICES: Final = 256
 _S = DeviceState
 _SAVING_P2P: Final = {_S.PRE_COPY: _S.PRE_COPY_P2P, _S.RUNNING: _S.RUNNING_P2P}
-_RUNS: Final = frozenset({_S.RUNNING, _S.PRE_COPY})
-_LIMITS: Final = DeviceLimits()
 _UNTOLD_BYTES: Final = 16 * LARGEST_CHUNK_BYTES
 """Read at once of a device that does not tell how much it has in PRE_COPY."""
 
@@ -76,94 +72,18 @@ class DeviceSize:
     dirty_bytes: int | None = None
 
 
-class _Devices:
-    """What both sides share: all devices, and doing something to all of them."""
-
-    def __init__(
-        self, offered: Sequence[Offered], open_device: OpenDevice, limits: DeviceLimits
-    ) -> None:
-        if len(offered) > LARGEST_DEVICES or len({one.id for one in offered}) < len(offered):
-            raise DeviceRefused(
-                f"{len(offered)} devices: at most {LARGEST_DEVICES}, each with an id of its own",
-                code="bad_devices",
-            )
-        self._devices = {one.id: PassedDevice(one, open_device, limits) for one in offered}
-        self._failed: BaseException | None = None
-
-    @property
-    def states(self) -> Mapping[str, DeviceState | None]:
-        """Where each was last seen; None: not known."""
-        return {one.id: one.state for one in self._devices.values()}
-
-    async def close(self) -> bool:
-        """Idempotent; their states stay. False: some call of the kernel's goes on, and its device
-        is closed when that ends."""
-        return all(await _all(one.close() for one in self._devices.values()))
-
-    async def _open(self) -> None:
-        devices = self._devices.values()
-        await _all(one.open() for one in devices)
-        without = [one for one in devices if MigrationFlag.P2P not in one.can]
-        if without and len(devices) > 1:
-            raise DeviceRefused(
-                f"{without[0].name} has no P2P state, and the guest has {len(devices)} devices:"
-                " one would be stopped while another still writes to it",
-                code="device_no_p2p",
-            )
-
-    async def _run_all(self) -> None:
-        """All to RUNNING, by way of P2P. Those that cannot do not keep the others from it; the
-        error tells of all of them."""
-        devices = list(self._devices.values())
-        failures: dict[str, MigrdError] = {}
-
-        async def attempt(device: PassedDevice, call: Callable[[], Awaitable[object]]) -> None:
-            if isinstance(failures.get(device.id), DeviceTimedOut):
-                return  # it does not answer: the guest waits for this one
-            try:
-                await _again(call)
-                failures.pop(device.id, None)
-            except MigrdError as failure:
-                failures[device.id] = failure
-
-        await _all(attempt(one, one.look) for one in devices)
-        # Those that run may meet a stopped peer already; they need no step aside.
-        held = [one for one in devices if one.state not in _RUNS and MigrationFlag.P2P in one.can]
-        await _all(attempt(one, partial(one.move, _S.RUNNING_P2P)) for one in held)
-        await _all(attempt(one, partial(one.move, _S.RUNNING)) for one in devices)
-        if failures:
-            raise _joined(list(failures.values()))
-
-    @contextlib.contextmanager
-    def _unbroken(self) -> Iterator[None]:
-        """Rule 3."""
-        self._refuse_broken()
-        try:
-            yield
-        except BaseException as failure:
-            self._failed = failure
-            raise
-
-    def _refuse_broken(self) -> None:
-        if self._failed is not None:
-            raise DeviceRefused(
-                f"moving the devices' state was broken off: {self._failed}",
-                code="device_session_broken",
-            ) from self._failed
-
-
-class SourceDevices(_Devices):
+class SourceDevices(AllDevices):
     """The devices of a guest that leaves. Each call may also raise DeviceTimedOut."""
 
     def __init__(
         self,
         offered: Sequence[Offered],
         open_device: OpenDevice,
-        limits: DeviceLimits = _LIMITS,
+        limits: DeviceLimits = LIMITS,
     ) -> None:
         """Raises DeviceRefused for ids that are there twice, or too many."""
         super().__init__(offered, open_device, limits)
-        self._writers = {one: FrameWriter() for one in self._devices}
+        self._writers = {one: FrameWriter() for one in self.devices}
         self._reading = asyncio.Semaphore(limits.streams)
         self._emitting = asyncio.Lock()
 
@@ -173,36 +93,36 @@ class SourceDevices(_Devices):
         What another migration left behind is ended first. Raises DeviceRefused
         (`device_cannot_migrate`, `device_no_p2p`: nothing was touched), DeviceError, KernelError.
         """
-        await self._open()
-        await self._run_all()
-        self._writers = {one: FrameWriter() for one in self._devices}
-        self._failed = None
-        with self._unbroken():
-            await _all(one.move(_S.PRE_COPY) for one in self._with(MigrationFlag.PRE_COPY))
+        await self.open_all()
+        await self.run_all()
+        self._writers = {one: FrameWriter() for one in self.devices}
+        self.failed = None
+        with self.unbroken():
+            await all_ended(one.move(_S.PRE_COPY) for one in self._with(MigrationFlag.PRE_COPY))
 
     async def precopy(self, emit: Emit) -> int:
         """Emit what devices have to send while they run, as much as there is now; returns bytes.
 
         Raises DeviceError, KernelError, and what `emit` raises.
         """
-        running = [one for one in self._devices.values() if one.state == _S.PRE_COPY]
-        with self._unbroken():
-            return sum(await _all(self._send_some(one, emit) for one in running))
+        running = [one for one in self.devices.values() if one.state == _S.PRE_COPY]
+        with self.unbroken():
+            return sum(await all_ended(self._send_some(one, emit) for one in running))
 
     async def sizes(self) -> Sequence[DeviceSize]:
         """What they have to send: of the estimate of the blackout, the devices' part."""
-        return await _all(self._size(one) for one in self._devices.values())
+        return await all_ended(self._size(one) for one in self.devices.values())
 
     async def quiesce(self) -> None:
         """Stop them. None writes to guest memory any more when this returns; idempotent.
 
         Raises DeviceError (each device that failed has fallen back by its arc), KernelError.
         """
-        devices = self._devices.values()
-        with self._unbroken():
-            await _all(one.look() for one in devices)
-            await _all(self._hold_peers(one) for one in self._with(MigrationFlag.P2P))
-            await _all(one.move(_S.STOP_COPY) for one in devices)
+        devices = self.devices.values()
+        with self.unbroken():
+            await all_ended(one.look() for one in devices)
+            await all_ended(self._hold_peers(one) for one in self._with(MigrationFlag.P2P))
+            await all_ended(one.move(_S.STOP_COPY) for one in devices)
 
     async def stop(self, emit: Emit) -> int:
         """`quiesce`, then emit the rest of all data, until its end; returns its bytes.
@@ -211,8 +131,8 @@ class SourceDevices(_Devices):
         KernelError, and what `emit` raises.
         """
         await self.quiesce()
-        with self._unbroken():
-            return sum(await _all(self._send_rest(one, emit) for one in self._devices.values()))
+        with self.unbroken():
+            return sum(await all_ended(self._send_rest(one, emit) for one in self.devices.values()))
 
     async def abandon(self) -> None:
         """All back to RUNNING, wherever they stand; what they had sent is void. May be repeated.
@@ -220,11 +140,11 @@ class SourceDevices(_Devices):
         Raises DeviceError when some device does not run again, once all others do:
         DeviceNeedsReset when only that is left for it, DeviceTimedOut when its state is not known.
         """
-        self._failed = self._failed or DeviceRefused("it was abandoned")
-        await self._run_all()
+        self.failed = self.failed or DeviceRefused("it was abandoned")
+        await self.run_all()
 
     def _with(self, flag: MigrationFlag) -> list[PassedDevice]:
-        return [one for one in self._devices.values() if flag in one.can]
+        return [one for one in self.devices.values() if flag in one.can]
 
     async def _hold_peers(self, device: PassedDevice) -> None:
         if (target := _SAVING_P2P.get(device.state or _S.ERROR)) is not None:
@@ -270,18 +190,18 @@ class SourceDevices(_Devices):
             await emit(device.id, frame)
 
 
-class DestinationDevices(_Devices):
+class DestinationDevices(AllDevices):
     """The devices of a guest that arrives. Each call may also raise DeviceTimedOut."""
 
     def __init__(
         self,
         offered: Sequence[Offered],
         open_device: OpenDevice,
-        limits: DeviceLimits = _LIMITS,
+        limits: DeviceLimits = LIMITS,
     ) -> None:
         """Raises DeviceRefused for ids that are there twice, or too many."""
         super().__init__(offered, open_device, limits)
-        self._readers = {one: FrameReader(f"device {one}") for one in self._devices}
+        self._readers = {one: FrameReader(f"device {one}") for one in self.devices}
         self._has_begun = False
 
     async def begin(self) -> None:
@@ -290,12 +210,12 @@ class DestinationDevices(_Devices):
         Raises DeviceRefused (`device_cannot_migrate`, `device_no_p2p`), DeviceNeedsReset (it has
         no reset), DeviceError, KernelError.
         """
-        await self._open()
-        await _all(self._clear(one) for one in self._devices.values())
-        self._readers = {one: FrameReader(f"device {one}") for one in self._devices}
-        self._failed, self._has_begun = None, True
-        with self._unbroken():
-            await _all(one.move(_S.RESUMING) for one in self._devices.values())
+        await self.open_all()
+        await all_ended(self._clear(one) for one in self.devices.values())
+        self._readers = {one: FrameReader(f"device {one}") for one in self.devices}
+        self.failed, self._has_begun = None, True
+        with self.unbroken():
+            await all_ended(one.move(_S.RESUMING) for one in self.devices.values())
 
     async def take(self, device_id: str, frame: bytes) -> None:
         """Load one frame into its device; returns when the device has it.
@@ -303,10 +223,10 @@ class DestinationDevices(_Devices):
         Raises DeviceRefused when it is not the device's next one, or there is no such device;
         KernelRejected when it is not this kind of device's data.
         """
-        with self._unbroken():
-            device = self._devices.get(device_id)
+        with self.unbroken():
+            device = self.devices.get(device_id)
             if device is None:
-                known = ", ".join(sorted(self._devices)) or "none"
+                known = ", ".join(sorted(self.devices)) or "none"
                 raise DeviceRefused(
                     f"state of a device {device_id} came; the guest's devices here: {known}",
                     code="no_such_device",
@@ -320,31 +240,31 @@ class DestinationDevices(_Devices):
         Raises DeviceRefused (`device_state_incomplete`), DeviceNeedsReset when a device does not
         accept what it was given, DeviceError, KernelError.
         """
-        with self._unbroken():
+        with self.unbroken():
             for one, reader in self._readers.items():
                 if not reader.has_ended:
                     raise DeviceRefused(
-                        f"{self._devices[one].name}: its state did not arrive whole"
+                        f"{self.devices[one].name}: its state did not arrive whole"
                         f" ({reader.taken_bytes} bytes, and no end)",
                         code="device_state_incomplete",
                     )
-            await _all(one.move(_S.STOP) for one in self._devices.values())
+            await all_ended(one.move(_S.STOP) for one in self.devices.values())
 
     async def run(self) -> None:
         """All to RUNNING, before the process resumes the guest. May be repeated.
 
         Raises DeviceError when some device does not run, once all others do.
         """
-        self._refuse_broken()
-        await self._run_all()
+        self.refuse_broken()
+        await self.run_all()
 
     async def abandon(self) -> None:
         """Nothing of the guest's is left in them. May be repeated.
 
         Raises DeviceNeedsReset for those that could not be reset: never give them to a guest.
         """
-        self._failed = self._failed or DeviceRefused("it was abandoned")
-        await _all(self._clear(one) for one in self._devices.values())
+        self.failed = self.failed or DeviceRefused("it was abandoned")
+        await all_ended(self._clear(one) for one in self.devices.values())
         self._has_begun = False
 
     async def _clear(self, device: PassedDevice) -> None:
@@ -355,37 +275,9 @@ class DestinationDevices(_Devices):
                 await device.reset()
 
         try:
-            await _again(reset)
+            await again(reset)
         except MigrdError as failure:
             stands = "an unknown state" if device.state is None else device.state.name
             raise DeviceNeedsReset(
                 f"{device.name} stands in {stands} and was not reset: {failure.message}"
             ) from failure
-
-
-async def _again(call: Callable[[], Awaitable[object]]) -> None:
-    """Once more when it fails: on the way back a passing failure must not keep a guest stopped."""
-    try:
-        await call()
-    except (DeviceNeedsReset, DeviceTimedOut):
-        raise
-    except MigrdError:
-        await call()
-
-
-async def _all(work: Iterable[Awaitable[T]]) -> list[T]:
-    """All at once; when some fail, all others still end before the first failure is raised."""
-    results = await asyncio.gather(*work, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return [result for result in results if not isinstance(result, BaseException)]
-
-
-def _joined(failures: Sequence[MigrdError]) -> MigrdError:
-    """One error for all: the class of the worst, the messages of all."""
-    worst = next((one for one in failures if isinstance(one, DeviceNeedsReset)), failures[0])
-    kind = type(worst) if isinstance(worst, DeviceError) else DeviceError
-    joined = kind("; ".join(one.message for one in failures), code=worst.code)
-    joined.__cause__ = worst
-    return joined

@@ -177,10 +177,7 @@ class PassedDevice:
 
     def _looked(self) -> DeviceState:
         self.state = None
-        self.state = self._open().state()
-        if self.state not in _SESSIONS:
-            self._end_session()
-        return self.state
+        return self._stands(self._open().state())
 
     def _moved(self, target: DeviceState) -> None:
         start = self._looked()
@@ -197,9 +194,13 @@ class PassedDevice:
         if session is not None:
             self._end_session()
             self._stream = session
-        self.state = target
-        if target not in _SESSIONS:
+        self._stands(target)
+
+    def _stands(self, state: DeviceState) -> DeviceState:
+        self.state = state
+        if state not in _SESSIONS:
             self._end_session()
+        return state
 
     def _no_way(self, start: DeviceState, target: DeviceState) -> DeviceError:
         if start == DeviceState.ERROR or not start.is_known:

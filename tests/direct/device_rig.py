@@ -18,6 +18,7 @@ from typing import Any
 
 from migrd.abi import vfio as abi
 from migrd.abi.vfio import vfio_device_mig_state as S
+from migrd.direct.devices import DestinationDevices, DeviceLimits, SourceDevices
 from migrd.direct.offer import OfferedDevice
 from migrd.engine.device_state_ports import MigratableDevice
 from migrd.kernel.calls import Argument
@@ -30,6 +31,8 @@ from tests.fakes.vfio_device import SimDevice, SimSession, oserror
 Step = tuple[str, str]
 """(device, state)"""
 _FEATURE_HEADER_BYTES = 8
+SMALL = DeviceLimits(arc_s=5.0, call_s=5.0, chunk_bytes=16)
+"""So that there are several chunks."""
 
 
 @dataclass
@@ -217,3 +220,11 @@ def strikes() -> Iterator[Strike]:
         number += 1
         yield Strike(number, after_effect=False)
         yield Strike(number, after_effect=True)
+
+
+def source_of(rig: Rig, limits: DeviceLimits = SMALL) -> SourceDevices:
+    return SourceDevices(rig.offered, rig.open_device, limits)
+
+
+def destination_of(rig: Rig, limits: DeviceLimits = SMALL) -> DestinationDevices:
+    return DestinationDevices(rig.offered, rig.open_device, limits)

@@ -1,18 +1,23 @@
 """Order among peers, devices that can less, devices that fail, hang, or never end; simulated.
 
+Longer than 400 lines because it is one list of cases.
+
 What holds of every device, on the real kernel too: tests/contract/device_moving.py.
 """
 
 import asyncio
 import errno
 import time
-from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
 from migrd.abi.vfio import vfio_device_mig_state as S
 from migrd.core.device_state import DeviceState
-from migrd.direct.devices import DestinationDevices, DeviceLimits, SourceDevices
+from migrd.direct.devices import (
+    DeviceLimits,
+    SourceDevices,
+    run_devices,
+)
 from migrd.direct.offer import OfferedDevice
 from migrd.engine.threads import in_thread
 from migrd.errors import (
@@ -21,40 +26,24 @@ from migrd.errors import (
     DeviceRefused,
     DeviceTimedOut,
     KernelGone,
-    MigrdError,
 )
-from tests.contract.device_moving import Frames, load, save
-from tests.direct.device_rig import Hold, Rig, Strike, in_order, sets_state, strikes
+from tests.contract.device_moving import load, save
+from tests.direct.device_rig import (
+    SMALL,
+    Hold,
+    Rig,
+    Strike,
+    destination_of,
+    in_order,
+    sets_state,
+    source_of,
+)
 
 NO_P2P = 1 | 4
 STOP_COPY_ONLY = 1
 NO_PRE_COPY = 1 | 2
-SMALL = DeviceLimits(arc_s=5.0, call_s=5.0, chunk_bytes=16)
 HURRIED = DeviceLimits(arc_s=0.2, call_s=0.2)
 P2P = {"RUNNING_P2P", "PRE_COPY_P2P"}
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    rig = Rig()
-    yield rig
-    rig.close()
-
-
-@pytest.fixture
-def other(rig: Rig) -> Iterator[Rig]:
-    """Of the destination."""
-    other = Rig(rig.kernel)
-    yield other
-    other.close()
-
-
-def source_of(rig: Rig, limits: DeviceLimits = SMALL) -> SourceDevices:
-    return SourceDevices(rig.offered, rig.open_device, limits)
-
-
-def destination_of(rig: Rig, limits: DeviceLimits = SMALL) -> DestinationDevices:
-    return DestinationDevices(rig.offered, rig.open_device, limits)
 
 
 async def drop(device_id: str, frame: bytes) -> None:
@@ -321,6 +310,66 @@ async def test_a_device_that_does_not_start_does_not_keep_the_others_from_it(
     await destination.close()
 
 
+async def test_a_device_that_stopped_half_way_falls_back_on_its_way(rig: Rig) -> None:
+    rig.add("a", migration_flags=NO_PRE_COPY, failing={(S.STOP, S.STOP_COPY): (errno.EIO, None)})
+    source = source_of(rig)
+    with pytest.raises(DeviceError, match="stands in RUNNING_P2P again"):
+        await save(source)
+    assert rig.steps_of("a") == ["RUNNING_P2P", "STOP", "RUNNING_P2P"]
+    await source.close()
+
+
+async def test_who_resumes_a_guest_that_another_daemon_stopped_finds_its_devices_stopped(
+    rig: Rig,
+) -> None:
+    rig.add("a", state=S.STOP)
+    rig.add("b", state=S.STOP_COPY)
+    await run_devices(rig.offered, rig.open_device, SMALL)
+    assert in_order(rig.trace, early={"RUNNING_P2P"}, late={"RUNNING"})
+    assert rig.states() == ["RUNNING", "RUNNING"]
+    rig.trace.clear()
+    await run_devices(rig.offered, rig.open_device, SMALL)
+    assert rig.trace == []
+
+
+async def test_a_passing_failure_on_the_way_back_needs_no_second_order(rig: Rig) -> None:
+    rig.add("a")
+    source = source_of(rig)
+    await source.begin()
+    rig.strike = Strike(2, after_effect=False)  # after it was looked at
+    await source.abandon()
+    assert rig.strike.struck is not None
+    assert rig.states() == ["RUNNING"]
+    await source.close()
+
+
+async def test_a_session_that_is_over_leaves_no_descriptor(rig: Rig) -> None:
+    rig.add("a")
+    source = source_of(rig)
+    await source.begin()
+    assert "device-data" in await in_thread(rig.kernel.left_open)
+    await source.abandon()
+    assert "device-data" not in await in_thread(rig.kernel.left_open)
+    await source.close()
+
+
+async def test_frames_are_emitted_one_at_a_time(rig: Rig) -> None:
+    for name in "abc":
+        rig.add(name)
+    source = source_of(rig)
+    await source.begin()
+    under_way = []
+
+    async def emit(device_id: str, frame: bytes) -> None:
+        under_way.append(device_id)
+        assert len(under_way) == 1
+        await asyncio.sleep(0)
+        under_way.clear()
+
+    await source.stop(emit)
+    await source.close()
+
+
 # ---- a call that hangs
 
 
@@ -374,123 +423,6 @@ async def test_a_cancelled_call_is_waited_for(rig: Rig) -> None:
         await stopping
     assert rig.states() == ["STOP_COPY"]
     await source.abandon()
-    await source.close()
-
-
-# ---- a failure at every call
-
-
-async def there_is_an_end(
-    call: Callable[[], Awaitable[object]], tries: int = 2
-) -> list[MigrdError]:
-    """Ask until it is done, as the engine does; the failures before."""
-    failures = []
-    for _ in range(tries):
-        try:
-            await call()
-        except MigrdError as failure:
-            failures.append(failure)
-        else:
-            return failures
-    raise AssertionError(failures)
-
-
-async def sweep_source(rig: Rig, other: Rig, strike: Strike, *, refuse_end: bool) -> None:
-    """`refuse_end`: the other side fails at the very end, so that strikes meet the way back."""
-    source, frames = source_of(rig), Frames()
-
-    async def emit(device_id: str, frame: bytes) -> None:
-        await frames(device_id, frame)
-        if refuse_end and device_id == "b" and len(frame) == 16:
-            raise DeviceError("the other side gave up")
-
-    rig.strike = strike
-    try:
-        await source.begin()
-        await source.precopy(emit)
-        await source.stop(emit)
-    except MigrdError:
-        await there_is_an_end(source.abandon)
-        assert rig.states() == ["RUNNING", "RUNNING"], strike
-        with pytest.raises(DeviceRefused):
-            await source.stop(emit)
-    rig.strike = None
-    assert [sim.resets for sim in rig.sims.values()] == [0, 0], strike
-    assert [sim.registers for sim in rig.sims.values()] == [b"net", b"disk"], strike
-    ended = {one for one, frame in frames.frames if len(frame) == 16}
-    if strike.struck is not None and rig.states() == ["STOP_COPY"] * 2:
-        assert ended == {"a", "b"}, strike
-    await arrive_whole_or_not_at_all(other, frames, strike)
-    await source.abandon()
-    if not refuse_end:
-        await arrive_whole_or_not_at_all(other, await again(source), None)
-    await source.close()
-
-
-async def again(source: SourceDevices) -> Frames:
-    frames = Frames()
-    frames.frames = await save(source)
-    return frames
-
-
-async def arrive_whole_or_not_at_all(other: Rig, frames: Frames, strike: Strike | None) -> None:
-    destination = destination_of(other)
-    try:
-        await load(destination, frames.frames)
-    except MigrdError:
-        assert strike is not None
-        await destination.abandon()
-    else:
-        await destination.run()
-        assert [sim.registers for sim in other.sims.values()] == [b"net", b"disk"], strike
-    assert other.states() == ["RUNNING", "RUNNING"], strike
-    await destination.close()
-
-
-@pytest.mark.parametrize("refuse_end", [False, True])
-async def test_a_source_struck_at_any_call_runs_again_whole(
-    rig: Rig, other: Rig, refuse_end: bool
-) -> None:
-    rig.add("a", registers=b"net")
-    rig.add("b", registers=b"disk")
-    other.add("a")
-    other.add("b")
-    swept = set()
-    for strike in strikes():
-        await sweep_source(rig, other, strike, refuse_end=refuse_end)
-        if strike.struck is None:
-            break
-        swept.add(strike.struck)
-    assert strike.number > 30, "the sweep really swept"
-    assert {"read", "feature 2"} <= swept
-
-
-async def test_a_destination_struck_at_any_call_is_whole_or_empty(rig: Rig, other: Rig) -> None:
-    for one in (rig, other):
-        one.add("a", registers=b"net" if one is rig else b"")
-        one.add("b", registers=b"disk" if one is rig else b"")
-    source = source_of(rig)
-    frames = await save(source)
-    for strike in strikes():
-        destination = destination_of(other)
-        other.strike = strike
-        try:
-            await load(destination, frames)
-        except MigrdError:
-            await there_is_an_end(destination.abandon)
-            with pytest.raises(DeviceRefused):
-                await destination.run()
-        else:
-            await there_is_an_end(destination.run)
-            assert [sim.registers for sim in other.sims.values()] == [b"net", b"disk"], strike
-        assert other.states() == ["RUNNING", "RUNNING"], strike
-        other.strike = None
-        await destination.close()
-        for sim in other.sims.values():
-            sim.registers = b""
-        if strike.struck is None:
-            break
-    assert strike.number > 30
     await source.close()
 
 
