@@ -55,7 +55,8 @@ RAN_AND_STOPPED: Final = frozenset(
         RunState.INTERNAL_ERROR,
     }
 )
-"""After `cont` was accepted: only a guest that has run gets there."""
+"""Past `starting`, only a guest that has run gets there: by this daemon's `cont`, or by that of one
+that was killed after it."""
 ENDED_THERE: Final = frozenset(phase.value for phase in TERMINAL - {Phase.SUCCEEDED})
 
 
@@ -223,12 +224,10 @@ class Incoming(IncomingRecord):
         if vmm.is_dead:
             raise VmmDied(f"QEMU {vmm.pid} is dead")
         if self.state.run_guest:
-            accepted = False
             with contextlib.suppress(VmmTimedOut, VmmRefused):  # looked at below
                 await vmm.run_guest()
-                accepted = True
             state = await vmm.run_state()
-            if accepted and state in RAN_AND_STOPPED:
+            if state in RAN_AND_STOPPED:
                 self.note = f"the guest ran and is {state.value} now"
             elif state is not RunState.RUNNING:
                 self.note = f"QEMU does not run the guest: its run state is {state.value}"

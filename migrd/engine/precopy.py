@@ -27,11 +27,12 @@ from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Cause, MigrationEvent, Mode
 from migrd.core.phases import Trigger
 from migrd.engine.first_look import first_look
+from migrd.engine.last_words import last_word, why_failed
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView
 from migrd.engine.rounds import RoundCounter, record_decision, record_round
 from migrd.engine.stopped_copy import StoppedCopy
-from migrd.errors import MigrdError, PeerError, PeerRefused, VmmDied, VmmError, VmmRefused
+from migrd.errors import MigrdError, PeerError, PeerRefused, VmmDied, VmmRefused
 
 TICK_S: Final = 0.5
 """Without a round or a change of status the situation is looked at this often."""
@@ -45,9 +46,6 @@ HOLD_BYTES_PER_S: Final = 256 << 10
 LEAST_LIMIT_S: Final = 0.001
 AT_ONCE_S: Final = 2000.0
 """The largest downtime limit QEMU takes."""
-LAST_WORD_S: Final = 5.0
-REASON_S: Final = 0.5
-"""So long the destination may take to say why it failed; the guest runs meanwhile."""
 
 LEFT_PRECOPY: Final = frozenset(
     {
@@ -89,6 +87,8 @@ class Steering:
         self._counter = RoundCounter(m.rounds[-1].number if m.rounds else 0)
         self._destination: DestinationView | None = None
         self._holding = False
+        self._owes_limits = False
+        """QEMU may not have the limits that it should have."""
         self._hastened = False
         self._last: Decision | None = None
         self._taken_over = m.resumed
@@ -136,6 +136,8 @@ class Steering:
         refused = self._refused()
         if refused is not None:
             return refused
+        if self._owes_limits:
+            await self._try_limits()
         if m.policy_changed.is_set():
             m.policy_changed.clear()
             await self._set_limits()
@@ -282,6 +284,13 @@ class Steering:
         with contextlib.suppress(VmmRefused):
             await m.vmm.set_limits(max_bandwidth_bytes_per_s=bandwidth, downtime_limit_s=limit_s)
 
+    async def _try_limits(self) -> None:
+        """The same, said again at the next look if QEMU does not answer now."""
+        self._owes_limits = True
+        with contextlib.suppress(MigrdError):
+            await self._set_limits()
+            self._owes_limits = False
+
     # The other side -------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
@@ -324,16 +333,14 @@ class Steering:
         if not self._holding:
             self._holding = True
             self._m.trouble("DestinationUnreachable", why)
-            with contextlib.suppress(MigrdError):  # best effort: switchover checks again
-                await self._set_limits()
+            await self._try_limits()
 
     async def _let_go(self) -> None:
         self._m.settle("DestinationUnclear")
         if self._holding:
             self._holding = False
             self._m.settle("DestinationUnreachable")
-            with contextlib.suppress(MigrdError):
-                await self._set_limits()
+            await self._try_limits()
 
     async def after_death(self, exc: VmmDied) -> MigrationEvent:
         """The source process is gone. It has not completed without our migrate-continue; if an
@@ -341,7 +348,7 @@ class Steering:
         m, text = self._m, f"{exc.message} while the guest was being copied"
         if not self._taken_over:
             return m.event(Trigger.GUEST_DIED, cause=Cause(exc.code, text))
-        view = await _last_word(m)
+        view = await last_word(m)
         if view is not None and view.phase is DestinationPhase.REFUSED:
             from_ = f"{exc.message} while the guest was being copied; the copy was not complete"
             return m.event(Trigger.GUEST_DIED, cause=Cause(exc.code, from_))
@@ -349,41 +356,10 @@ class Steering:
         return m.event(Trigger.SWITCHOVER_REACHED, stopped_at_s=now_s)
 
 
-async def _last_word(m: Outgoing) -> DestinationView | None:
-    """The destination's view once it has settled on loaded or refused; None: it did not say."""
-    try:
-        async with asyncio.timeout(LAST_WORD_S):
-            generation = -1
-            while True:
-                view = await m.peer.view(m.id, newer_than=generation, wait_s=1.0)
-                if view.phase not in (DestinationPhase.PREPARING, DestinationPhase.RECEIVING):
-                    return view
-                generation = view.generation
-    except (TimeoutError, PeerError):
-        return None
-
-
 def is_pointless(m: Outgoing) -> bool:
     """The guest stands still, nobody could start it over there, and nothing has left yet."""
     waiting = m.sample is not None and m.sample.qemu_status is QemuStatus.PRE_SWITCHOVER
     return waiting and "DestinationUnreachable" in m.troubles
-
-
-async def why_failed(m: Outgoing, sample: TransferSample) -> str:
-    """What both sides say about a failed transfer: the event of it comes without a reason."""
-    ours = sample.error
-    if ours is None:
-        with contextlib.suppress(VmmError):
-            ours = (await m.vmm.sample()).error
-    text = f"QEMU on {m.world.options.host}: {ours or 'it gave no reason'}"
-    with contextlib.suppress(PeerError, TimeoutError):
-        async with asyncio.timeout(REASON_S):
-            view = await m.peer.view(m.id)
-            while view.phase not in (DestinationPhase.REFUSED, DestinationPhase.LOADED):
-                view = await m.peer.view(m.id, newer_than=view.generation, wait_s=REASON_S)
-            if view.phase is DestinationPhase.REFUSED and view.reason:
-                text += f"; on {m.peer.name}: {view.reason}"
-    return text
 
 
 def _gist(decision: Decision) -> tuple[object, ...]:

@@ -34,7 +34,8 @@ class _Jumping(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if self.loop.calls_in_threads:
             return super().select(0 if timeout == 0 else THREAD_S)
-        ready = super().select(0)
+        # With nothing but the loop's own pipe, which only threads write to, nothing can be ready.
+        ready = super().select(0) if len(self.get_map()) > 1 else []
         if ready or timeout == 0:
             return ready
         if timeout is None:

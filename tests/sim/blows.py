@@ -1,0 +1,191 @@
+"""Carries out what a schedule has in store, on a `Pair`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+
+from migrd.errors import MigrdError
+from tests.fakes.gate import Fault
+from tests.fakes.qemu_process import FakeQemu
+from tests.fakes.road import Loss
+from tests.fakes.world import VM, Pair
+from tests.sim.schedule import Blow, Lost, Struck, Timed
+from tests.sweep.sweeping import UNCOUNTED, strikes
+
+
+class Calls:
+    """A daemon's plan over all its lives."""
+
+    def __init__(self, blows: Sequence[Blow], host: str) -> None:
+        mine = [blow for blow in blows if isinstance(blow, Struck) and blow.host == host]
+        self._blows = {blow.number: blow for blow in mine}
+        self.is_armed = False
+        self.away_s = 0.0
+        """How long the daemon that was killed last stays down."""
+        self.struck: list[str] = []
+        self._seen = 0
+
+    def __call__(self, call: str, _: int) -> Fault | None:
+        if not self.is_armed or call in UNCOUNTED:
+            return None
+        self._seen += 1
+        blow = self._blows.get(self._seen)
+        if blow is None:
+            return None
+        ways = list(strikes(call))
+        name, fault = ways[blow.choice % len(ways)]
+        self.away_s = blow.away_s if fault.error is None else 0.0
+        self.struck.append(f"{call}: {name}")
+        return fault
+
+
+class Messages:
+    """What becomes of the messages between the daemons."""
+
+    def __init__(self, blows: Sequence[Blow]) -> None:
+        self._losses = {blow.number: blow.loss for blow in blows if isinstance(blow, Lost)}
+        self._seen = 0
+        self.struck: list[str] = []
+
+    def __call__(self, caller: str, callee: str, call: str) -> Loss | None:
+        if call == "hello":
+            return None
+        self._seen += 1
+        loss = self._losses.get(self._seen)
+        if loss is not None:
+            self.struck.append(f"{caller} > {callee} {call}: {loss.value}")
+        return loss
+
+
+class Trouble:
+    """Everything that happens at a moment of time."""
+
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
+        self.died: list[str] = []
+        """QEMUs that were killed while they held a whole copy of the guest."""
+        self.ended_itself = False
+        self.struck: list[str] = []
+        self.undo: list[Callable[[], None]] = []
+
+    async def strike(self, blow: Timed) -> None:
+        await asyncio.sleep(blow.at_s)
+        self.struck.append(f"{blow.at_s:.4f} s: {blow.what} {blow.host} for {blow.for_s:g} s")
+        await getattr(self, f"_{blow.what}")(blow)
+
+    async def _lasting(
+        self, blow: Timed, begin: Callable[[], None], end: Callable[[], None]
+    ) -> None:
+        begin()
+        self.undo.append(end)
+        await asyncio.sleep(blow.for_s)
+        end()
+
+    async def _part(self, blow: Timed) -> None:
+        road = self._pair.road
+        ways = {("alpha", "beta"), ("beta", "alpha")}
+        await self._lasting(blow, lambda: road.down.update(ways), road.down.clear)
+
+    async def _part_one_way(self, blow: Timed) -> None:
+        road, other = self._pair.road, "beta" if blow.host == "alpha" else "alpha"
+        await self._lasting(blow, lambda: road.down.add((blow.host, other)), road.down.clear)
+
+    async def _cut(self, blow: Timed) -> None:
+        self._pair.ground.wire.cut()
+
+    async def _freeze(self, blow: Timed) -> None:
+        wire = self._pair.ground.wire
+        await self._lasting(blow, wire.freeze, wire.heal)
+
+    async def _swallow_ack(self, blow: Timed) -> None:
+        wire = self._pair.ground.wire
+
+        def swallow(on: bool) -> None:
+            wire.swallows_ack = on
+
+        await self._lasting(blow, lambda: swallow(True), lambda: swallow(False))
+
+    async def _qemu_dies(self, blow: Timed) -> None:
+        for qemu in self._pair.hosts[blow.host].living(VM):
+            if qemu.copy == self._pair.guest().version or qemu.is_running:
+                self.died.append(qemu.name)
+            qemu.die("killed by the schedule")
+
+    async def _qemu_hangs(self, blow: Timed) -> None:
+        hung = self._pair.hosts[blow.host].living(VM)
+
+        def end() -> None:
+            for qemu in hung:
+                _set_silent(qemu, False)
+
+        def begin() -> None:
+            for qemu in hung:
+                _set_silent(qemu, True)
+
+        await self._lasting(blow, begin, end)
+
+    async def _monitor_lost(self, blow: Timed) -> None:
+        daemon = self._pair.daemons.get(blow.host)
+        if daemon is None:
+            return
+        try:
+            handle = daemon.launcher.handle(VM)
+        except (KeyError, AssertionError):
+            return  # no QEMU, or none that this daemon has found yet
+
+        def connect(on: bool) -> None:
+            handle.is_connected = on
+
+        await self._lasting(blow, lambda: connect(False), lambda: connect(True))
+
+    async def _disk_full(self, blow: Timed) -> None:
+        daemon = self._pair.daemons.get(blow.host)
+        if daemon is None:
+            return
+
+        def fill(on: bool) -> None:
+            daemon.journal.is_full = on
+
+        await self._lasting(blow, lambda: fill(True), lambda: fill(False))
+
+    async def _kill(self, blow: Timed) -> None:
+        daemon = self._pair.daemons.get(blow.host)
+        if daemon is not None:
+            daemon.gate.crash()
+
+    async def _cancel(self, blow: Timed) -> None:
+        await self._ask("cancel")
+
+    async def _force_switchover(self, blow: Timed) -> None:
+        await self._ask("switch_over")
+
+    async def _ask(self, verb: str) -> None:
+        daemon = self._pair.daemons.get("alpha")
+        if daemon is None or daemon.gate.is_dead:
+            return
+        with contextlib.suppress(MigrdError, asyncio.CancelledError):
+            for view in daemon.service.migrations()[1]:
+                await getattr(daemon.service, verb)(view.id, by="schedule")
+
+    async def _ask_again(self, blow: Timed) -> None:
+        """Somebody else wants the same VM moved, or its opposite, in the middle of it."""
+        daemon = self._pair.daemons.get(blow.host)
+        if daemon is None or daemon.gate.is_dead:
+            return
+        with contextlib.suppress(MigrdError, asyncio.CancelledError):
+            await self._pair.ask(source=blow.host)
+
+    async def _guest_shuts_down(self, blow: Timed) -> None:
+        running = self._pair.guest().running_on
+        if isinstance(running, FakeQemu):
+            self.ended_itself = True
+            self._pair.guest().may_end = True
+            running.shut_down()
+
+
+def _set_silent(qemu: FakeQemu, on: bool) -> None:
+    qemu.is_silent = on
+    if not on and not qemu.is_blocked:
+        qemu.unblock()  # what was sent meanwhile takes effect

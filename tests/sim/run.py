@@ -1,0 +1,248 @@
+"""One schedule from its beginning to the end, and what must be true then.
+
+    boot -> ask -> blows ... -> faults stop, daemons are back -> an end, or a person is needed
+         -> a person looks at the ground and says the truth -> an end -> the VM is moved again
+
+Checked: the ground truth after every start of a guest (`fakes.guest.Guest`: never twice, never an
+old copy, never the last copy destroyed), each answer against it, terminal phases that stay what
+they are, epochs that only grow, and no leak of devices, tasks or processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import structlog
+
+from migrd.core.admission import Admission
+from migrd.core.phases import Phase
+from migrd.engine.service import MigrationView, Resolution
+from migrd.errors import JournalError, MigrdError
+from tests.engine.passthrough import DISK, NIC, NIC2, nic
+from tests.engine.passthrough import hardware as hardware_with
+from tests.fakes.virtual_time import VirtualTimeLoop, now_s, until
+from tests.fakes.world import VM, Pair
+from tests.sim.blows import Calls, Messages, Trouble
+from tests.sim.schedule import HOSTS, Schedule, Timed
+from tests.sweep.scripts import BEFORE, DEVICES
+from tests.sweep.sweeping import BROKEN, PATIENCE_S, STAYED
+
+FAULTS_S = 90.0
+"""So long after the request the last fault is over."""
+END_S = 500.0
+WRONG = (AssertionError, MigrdError, KeyError, AttributeError, TypeError, ValueError)
+
+
+class Wrong(AssertionError):
+    """A schedule after which something is not as it must be."""
+
+
+@dataclass
+class Ended:
+    """What came of a schedule."""
+
+    phase: str | None
+    cause: str | None = None
+    resolved: list[str] = field(default_factory=list)
+    """What a person had to say."""
+    struck: list[str] = field(default_factory=list)
+
+
+def play(schedule: Schedule) -> Ended:
+    """Raises Wrong, with everything needed to understand it."""
+    ended = Ended(None)
+    with structlog.testing.capture_logs() as logs:
+        try:
+            with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+                runner.run(_play(schedule, ended))
+        except Exception as exc:
+            struck = "\n    ".join(ended.struck)
+            raise Wrong(f"{schedule}\n  struck:\n    {struck}\n  {exc!r}") from exc
+    broken = [entry for entry in logs if entry["event"] in BROKEN]
+    if broken:
+        raise Wrong(f"{schedule}\n  {broken[0]}")
+    return ended
+
+
+async def _play(schedule: Schedule, ended: Ended) -> None:
+    pair = Pair(watch_interval_s=7.0, peer_interval_s=31.0)
+    calls = {host: Calls(schedule.blows, host) for host in HOSTS}
+    messages = Messages(schedule.blows)
+    pair.plans.update(calls)
+    for hardware in pair.hardware.values():
+        hardware.show(hardware_with(nic(NIC), nic(NIC2), nic(DISK)))
+    async with pair:
+        await pair.boot(devices=DEVICES.get(schedule.script))
+        before = BEFORE.get(schedule.script)
+        if before is not None:
+            await before(pair)
+        trouble = Trouble(pair)
+        known = {view.id for view in pair.alpha.service.migrations()[1]}
+        pair.road.faults = messages
+        for each in calls.values():
+            each.is_armed = True
+        try:
+            await _under_fire(pair, schedule, calls, trouble, known, ended)
+        finally:
+            ended.struck = [
+                *(f"{host}: {what}" for host in HOSTS for what in calls[host].struck),
+                *messages.struck,
+                *trouble.struck,
+            ]
+        await _check(pair, trouble, ended)
+
+
+async def _under_fire(
+    pair: Pair,
+    schedule: Schedule,
+    calls: dict[str, Calls],
+    trouble: Trouble,
+    known: set[str],
+    ended: Ended,
+) -> None:
+    timed = [blow for blow in schedule.blows if isinstance(blow, Timed)]
+    blows = [asyncio.create_task(trouble.strike(blow)) for blow in timed]
+    keeper = asyncio.create_task(_keep_alive(pair, calls))
+    calm = asyncio.create_task(_calm(pair, calls, trouble, blows))
+    try:
+        ids = await _asked(pair, schedule, known)
+        await calm
+        for task in blows:
+            task.result()
+        ids |= {view.id for host in HOSTS for view in pair.daemons[host].service.migrations()[1]}
+        for id_ in sorted(ids - known):
+            await _to_its_end(pair, id_, trouble, ended)
+    finally:
+        for task in (*blows, keeper, calm):
+            task.cancel()
+        await asyncio.wait([*blows, keeper, calm])
+
+
+async def _calm(
+    pair: Pair, calls: dict[str, Calls], trouble: Trouble, blows: list[asyncio.Task[None]]
+) -> None:
+    """Wait until all faults are over; from then on everything works."""
+    if blows:
+        await asyncio.wait(blows, timeout=FAULTS_S)
+    await asyncio.sleep(1.0)
+    for each in calls.values():
+        each.is_armed = False
+    for task in blows:
+        task.cancel()
+    for undo in trouble.undo:
+        undo()
+    pair.road.heal()
+    pair.ground.calm()
+    await until(lambda: _all_live(pair), within_s=300.0, what="both daemons are back")
+
+
+def _all_live(pair: Pair) -> bool:
+    daemons = [pair.daemons.get(host) for host in HOSTS]
+    return all(daemon is not None and not daemon.gate.is_dead for daemon in daemons)
+
+
+async def _keep_alive(pair: Pair, calls: dict[str, Calls]) -> None:
+    """Whoever was killed is started again, after its time."""
+    async with asyncio.TaskGroup() as group:
+        for name in HOSTS:
+            group.create_task(_keep_one_alive(pair, name, calls[name]))
+
+
+async def _keep_one_alive(pair: Pair, name: str, calls: Calls) -> None:
+    while True:
+        await pair.daemons[name].gate.crashed.wait()
+        await pair.kill(name)
+        away_s, calls.away_s = calls.away_s, 0.0
+        await asyncio.sleep(away_s)
+        await _started(pair, name)
+
+
+async def _started(pair: Pair, name: str) -> None:
+    """A daemon that cannot read its journal ends, and is started again, as systemd does."""
+    while True:
+        try:
+            await pair.start(name)
+        except JournalError:
+            await pair.kill(name)
+            await asyncio.sleep(0.1)
+        else:
+            return
+
+
+async def _asked(pair: Pair, schedule: Schedule, known: set[str]) -> set[str]:
+    """Ids of what was accepted; a client whose request was cut off looks for it later."""
+    try:
+        return {await schedule.script(pair)}
+    except (MigrdError, asyncio.CancelledError, KeyError):
+        return set()
+
+
+async def _to_its_end(pair: Pair, id_: str, trouble: Trouble, ended: Ended) -> None:
+    host = "alpha" if id_ in pair.alpha.engine.migrations.outgoing else "beta"
+    view = await _until_over(pair, id_, host, trouble, ended)
+    if host == "alpha" and ended.phase in (None, Phase.REFUSED):
+        ended.phase = view.phase
+        ended.cause = None if view.cause is None else view.cause.code
+
+
+async def _until_over(
+    pair: Pair, id_: str, host: str, trouble: Trouble, ended: Ended
+) -> MigrationView:
+    deadline_s, doubted_s = now_s() + END_S, None
+    while now_s() < deadline_s:
+        phase, is_over = pair.stands(id_, host)
+        if is_over:
+            return pair.view(id_, host)
+        if phase != Phase.NEEDS_OPERATOR:
+            doubted_s = None
+        elif doubted_s is None:
+            doubted_s = now_s()
+        elif now_s() - doubted_s > PATIENCE_S:
+            ended.resolved.append(await _say_the_truth(pair, id_, host, trouble))
+            doubted_s = now_s()
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"no end: {pair.view(id_, host)}")
+
+
+async def _say_the_truth(pair: Pair, id_: str, host: str, trouble: Trouble) -> str:
+    """A person looks at both hosts. Nobody is called unless a process that mattered has died."""
+    view = pair.view(id_, host)
+    assert trouble.died, f"a person is called for, and nothing has died: {view.cause}"
+    other = "beta" if host == "alpha" else "alpha"
+    guest, there = pair.guest(), pair.hosts[other].living(VM)
+    here = pair.hosts[host].living(VM)
+    if any(qemu.is_running for qemu in there):
+        word = Resolution.DESTINATION_RUNS
+    elif not here and any(qemu.copy == guest.version for qemu in there):
+        word = Resolution.USE_DESTINATION_COPY
+    elif here and not there:
+        word = Resolution.DESTINATION_FENCED
+    else:
+        word = Resolution.GUEST_LOST
+    service = pair.daemons[host].service
+    answer = await service.resolve(id_, word, evidence="the ground", by="schedule")
+    assert answer.admission is Admission.QUEUED, (word, view.cause, answer)
+    return f"{view.cause.code if view.cause else None}: {word.value}"
+
+
+async def _check(pair: Pair, trouble: Trouble, ended: Ended) -> None:
+    """Each answer is the ground truth, on both hosts."""
+    pair.check_truth()
+    await pair.settle()
+    guest, runs_on = pair.guest(), pair.running_on()
+    lives = bool(guest.whole_copies)
+    if not trouble.died and not trouble.ended_itself:
+        assert runs_on is not None, "nothing died, and the guest runs nowhere"
+    for name in HOSTS:
+        for view in pair.daemons[name].service.migrations()[1]:
+            assert view.is_terminal, view
+    if trouble.died or trouble.ended_itself:
+        return  # where it is depends on when; `Guest` has judged every step
+    if ended.phase == Phase.SUCCEEDED:
+        assert lives
+    else:
+        assert ended.phase is None or ended.phase in STAYED, ended.phase
+    await until(lambda: len(pair.all_living()) == 1, what="one QEMU is left", within_s=200.0)
+    pair.check_truth()
+    await pair.migrates_again(times=1)

@@ -1,0 +1,124 @@
+"""What goes wrong in one run, all of it decided by one number.
+
+    seed -> Schedule(script, [Blow, ...]) -> tests.sim.run
+
+A blow is struck at a call of a daemon (its n-th, before or after its effect), at a message, or at a
+moment of virtual time. Times are spread over orders of magnitude: most of what matters happens
+within milliseconds, some of it needs a deadline to pass.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tests.fakes.road import Loss
+from tests.sweep import scripts
+from tests.sweep.sweeping import Script
+
+SCRIPTS: Sequence[Script] = (
+    scripts.plain,
+    scripts.plain,
+    scripts.several_rounds,
+    scripts.throttled,
+    scripts.postcopy,
+    scripts.cancelled_in_precopy,
+    scripts.with_devices,
+    scripts.after_a_round_trip,
+)
+HOSTS = ("alpha", "beta")
+MOST = 8
+"""Faults in one schedule."""
+
+
+@dataclass(frozen=True)
+class Struck:
+    """A call of a daemon, counted over all its lives: an error, a time-out or its death."""
+
+    host: str
+    number: int
+    choice: int
+    """Which of the things that may happen to that call."""
+    away_s: float
+    """If it dies: for so long it stays down."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A message between the daemons, counted."""
+
+    number: int
+    loss: Loss
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Something that happens at a moment, and perhaps ends."""
+
+    at_s: float
+    what: str
+    host: str
+    for_s: float
+
+
+Blow = Struck | Lost | Timed
+
+WHATS = (
+    "part",
+    "part_one_way",
+    "cut",
+    "freeze",
+    "qemu_dies",
+    "qemu_hangs",
+    "monitor_lost",
+    "disk_full",
+    "kill",
+    "cancel",
+    "force_switchover",
+    "ask_again",
+    "guest_shuts_down",
+    "swallow_ack",
+)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One run."""
+
+    seed: int
+    script: Script
+    blows: tuple[Blow, ...]
+
+    def __str__(self) -> str:
+        lines = [f"seed {self.seed}: {self.script.__name__}", *map(str, self.blows)]
+        return "\n  ".join(lines)
+
+
+def from_seed(seed: int, most: int = MOST) -> Schedule:
+    """The same schedule for the same number, always."""
+    random_ = random.Random(seed)
+    script = random_.choice(SCRIPTS)
+    count = random_.randint(1, most)
+    return Schedule(seed, script, tuple(_blow(random_) for _ in range(count)))
+
+
+def _blow(random_: random.Random) -> Blow:
+    kinds: Sequence[Callable[[random.Random], Blow]] = (_struck, _struck, _lost, _timed, _timed)
+    return random_.choice(kinds)(random_)
+
+
+def _struck(random_: random.Random) -> Struck:
+    number = random_.randint(1, random_.choice((12, 30, 60)))
+    away_s = random_.choice((0.0, 0.0, 0.05, 1.0, 45.0))
+    return Struck(random_.choice(HOSTS), number, random_.randrange(64), away_s)
+
+
+def _lost(random_: random.Random) -> Lost:
+    return Lost(random_.randint(1, 20), random_.choice(list(Loss)))
+
+
+def _timed(random_: random.Random) -> Timed:
+    at_s = 10 ** random_.uniform(-3.0, 0.7)
+    for_s = random_.choice((0.001, 0.05, 0.5, 3.0, 20.0, 70.0))
+    return Timed(at_s, random_.choice(WHATS), random_.choice(HOSTS), for_s)

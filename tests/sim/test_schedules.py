@@ -1,0 +1,90 @@
+"""Several faults at once, at random: as many schedules as a commit can afford, and those that found
+something, kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from migrd.core import handover
+from migrd.core.handover import DestinationPhase, DestinationTrigger
+from migrd.core.phases import Phase
+from tests.sim.run import Wrong, play
+from tests.sim.schedule import Schedule, Struck, Timed, from_seed
+from tests.sweep import scripts
+from tests.sweep.test_mutants import resume_on_a_time_out
+
+PER_COMMIT = 2_000
+PARTS = 20
+FIRST = 1_000_000
+
+FOUND = [
+    (
+        "limits that QEMU did not take were never said again: held in precopy for good",
+        Schedule(
+            3272,
+            scripts.with_devices,
+            (
+                Struck("alpha", 11, 2, 0.05),  # the destination seems to be away: hold
+                Struck("alpha", 14, 22, 0.0),  # it is there again; the monitor does not answer
+                Timed(0.088, "swallow_ack", "alpha", 70.0),
+            ),
+        ),
+    ),
+    (
+        "a guest that shut itself down while the daemon that had started it was dead: never told",
+        Schedule(
+            1868,
+            scripts.after_a_round_trip,
+            (
+                Struck("beta", 9, 25, 0.0),
+                Struck("beta", 12, 7, 45.0),  # killed after `cont`
+                Timed(0.367, "guest_shuts_down", "beta", 70.0),
+            ),
+        ),
+    ),
+]
+"""What random schedules have found in the product, cut down to what is needed."""
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_no_schedule_of_several_faults_doubles_loses_or_strands_a_guest(part: int) -> None:
+    each = PER_COMMIT // PARTS
+    ends = {play(from_seed(FIRST + part * each + number)).phase for number in range(each)}
+    assert {Phase.SUCCEEDED, Phase.ROLLED_BACK} <= ends, "the schedules reach both ends"
+
+
+@pytest.mark.parametrize(
+    ("what", "schedule"), FOUND, ids=[f"seed-{schedule.seed}" for _, schedule in FOUND]
+)
+def test_what_was_found_once_stays_mended(what: str, schedule: Schedule) -> None:
+    ended = play(schedule)
+    assert ended.phase is not None, what
+    assert not ended.resolved, what
+
+
+def owned_before_cont(patch: pytest.MonkeyPatch) -> None:
+    """GRANT is answered with `running` before the guest runs."""
+    table = dict(handover.DESTINATION_TRANSITIONS)
+    row = {DestinationTrigger.START_ORDERED: DestinationPhase.RUNNING}
+    table[DestinationPhase.OWNED] = {**table[DestinationPhase.OWNED], **row}
+    patch.setattr(handover, "DESTINATION_TRANSITIONS", table)
+
+
+@pytest.mark.parametrize("mutant", [resume_on_a_time_out, owned_before_cont])
+def test_random_schedules_catch_a_broken_rule(
+    mutant: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(mutant)
+    mutant(monkeypatch)
+    for seed in range(FIRST, FIRST + 400):
+        try:
+            play(from_seed(seed))
+        except Wrong:
+            return
+    raise AssertionError("400 schedules saw nothing wrong")
+
+
+def test_a_seed_is_one_run() -> None:
+    for seed in (7, 1868, 3272):
+        assert from_seed(seed) == from_seed(seed)
+        assert play(from_seed(seed)) == play(from_seed(seed))
