@@ -43,6 +43,7 @@ from migrd.core.facts import (
 from migrd.core.memory_map import PAGE_BYTES
 from migrd.core.rate_reading import MeasuredRate, RateMode, RateOffer
 from migrd.core.vfio_launch import VfioLaunchDevice
+from migrd.direct.all_devices import run_devices
 from migrd.direct.arrival import Arrival
 from migrd.direct.departure import Departure, Limits, Road
 from migrd.direct.feed import DirectFeed, Feeds
@@ -346,6 +347,9 @@ class DirectVmm:
         client = await self.guest.connected()
         if self._arrival is not None and client.state is ClientState.LOADED:
             await self._arrival.run_devices()
+        elif client.has_offered and client.devices:  # another daemon may have stopped them
+            with client.held():
+                await run_devices(client.devices, self._parts.open_device)
         await client.resume()
         if self._arrival is not None:
             self._arrival.part()
