@@ -56,6 +56,48 @@ min = 16
 max = 8192
 unit = "MiB"
 """
+DIRECT_PROFILE: Final = """\
+engine = "direct"
+description = "The direct demo's guest: threads that write memory and count aloud"
+kind = "demo-1"
+command = [
+    "{python}", "-m", "migrd.demo.direct_guest",
+    "--memory-mib", "{{memory_mib}}",
+    "--working-set-mib", "{{working_set_mib}}",
+    "--filling-mib", "{{filling_mib}}",
+    "--dirty-mib-per-s", "{{dirty_mib_per_s}}",
+]
+memory_mib = "{{memory_mib}}"
+output = true
+
+[parameters.memory_mib]
+type = "integer"
+description = "Memory of the guest"
+min = 1
+max = 1048576
+unit = "MiB"
+
+[parameters.working_set_mib]
+type = "integer"
+description = "How much of it is written again and again"
+min = 1
+max = 1048576
+unit = "MiB"
+
+[parameters.filling_mib]
+type = "integer"
+description = "How much of the rest is not zero"
+min = 0
+max = 1048576
+unit = "MiB"
+
+[parameters.dirty_mib_per_s]
+type = "integer"
+description = "How fast the working set is written"
+min = 0
+max = 1048576
+unit = "MiB/s"
+"""
 CONFIG: Final = """\
 [host]
 name = "{name}"
@@ -123,15 +165,17 @@ def lay_out(
     directory: Path,
     *,
     names: tuple[str, str],
-    binaries: tuple[str, str],
-    machine: str,
+    binaries: tuple[str, str] = ("", ""),
+    machine: str = "",
+    profile: str = PROFILE,
     tls: bool,
     more: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[Host, Host]:
     """Write everything both daemons need. Blocking (keys are made).
 
-    `more` are further lines of TOML by host name: for [migration] ("migration"), for the other
-    host's entry in the roster ("roster"), and at the end ("end").
+    `profile`: the text of demo.toml, with places for what this knows. `more` are further lines of
+    TOML by host name: for [migration] ("migration"), for the other host's entry in the roster
+    ("roster"), and at the end ("end").
     """
     authority = trustme.CA(organization_name="migrd demo")
     ports = free_ports(2)
@@ -141,8 +185,9 @@ def lay_out(
             (host.directory / part).mkdir(parents=True, mode=0o700)
         _write_identity(authority, host)
         firmware_dir = directory / "firmware"
-        profile = PROFILE.format(binary=binary, machine=machine, firmware_dir=firmware_dir)
-        (host.directory / "profiles" / "demo.toml").write_text(profile)
+        places = {"binary": binary, "machine": machine, "firmware_dir": firmware_dir}
+        text = profile.format(**places, python=sys.executable)
+        (host.directory / "profiles" / "demo.toml").write_text(text)
         lines = (more or {}).get(host.name, {})
         values = {
             "name": host.name,
