@@ -21,6 +21,7 @@ from migrd.processes.process import WatchedProcess
 
 RECONNECT_S: Final = 3.0
 """A client connects anew at most a second after its connection broke, or after we came back."""
+OFFER_S: Final = 5.0
 DEATH_FOLLOWS_S: Final = 0.25
 """The connection of a dying process closes a little before it can be seen dead."""
 RUN_STATES: Final = {
@@ -97,6 +98,23 @@ class Guest:
         raise VmmUnreachable(
             f"the process of {self.about.vm} (pid {self.process.pid or '?'}) is not connected"
         )
+
+    @property
+    def is_offering(self) -> bool:
+        """It was just resumed with the guest that it was given, and is about to hand over that
+        guest's memory: until that is done it takes no question."""
+        client = self._client
+        return client is not None and client.state is ClientState.RUNNING and not client.has_offered
+
+    async def asked(self) -> HandedOver:
+        """Its hand-over, when it takes a question. Raises VmmDied, VmmUnreachable."""
+        client = await self.connected()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(OFFER_S):
+                while self.is_offering and client.is_connected:
+                    self._attached.clear()
+                    await self._attached_or_dead()
+        return await self.connected()
 
     async def _attached_or_dead(self) -> None:
         attached = asyncio.create_task(self._attached.wait())

@@ -163,8 +163,8 @@ class DirectVmm:
     # Facts
 
     async def facts(self) -> VmFacts:
-        await self._ask_state()
-        client = await self.guest.connected()
+        client = await self.guest.asked()
+        await client.ask_state()
         offer = client.offer if client.has_offered else None
         memory = self._arrival.memory if offer is None and self._arrival is not None else None
         memory = memory if offer is None else offer.memory
@@ -189,7 +189,9 @@ class DirectVmm:
         return self.guest.run_state
 
     async def _ask_state(self) -> None:
-        await (await self.guest.connected()).ask_state()
+        client = await self.guest.connected()
+        if not self.guest.is_offering:  # else it has just said that it runs
+            await client.ask_state()
 
     async def sample(self) -> TransferSample:
         if self.is_dead:
@@ -237,7 +239,7 @@ class DirectVmm:
             raise VmmRefused("no migration was prepared")
         if self._departure is not None and not self._departure.has_ended:
             raise VmmRefused("a transfer is going on already")
-        client = await self.guest.connected()
+        client = await self.guest.asked()
         if client.state not in (ClientState.RUNNING, ClientState.PAUSED):
             raise VmmRefused(f"the process is {client.state.name.lower()}: nothing to move")
         tls = await _context(source_context, settings, self._tls)
@@ -272,7 +274,7 @@ class DirectVmm:
         )
 
     async def set_throttle(self, percent: int) -> None:
-        client = await self.guest.connected()
+        client = await self.guest.asked()
         await client.throttle(percent)
         if self._departure is not None:
             self._departure.throttled(percent)
@@ -321,7 +323,7 @@ class DirectVmm:
             if self._arrival.is_listening:
                 return self._arrival.address
             raise VmmRefused("the process has had its incoming guest")
-        client = await self.guest.connected()
+        client = await self.guest.asked()
         if client.state is not ClientState.INCOMING or client.has_offered:
             raise VmmRefused(
                 f"the process is {client.state.name.lower()}: only one that was launched to wait "
@@ -344,7 +346,7 @@ class DirectVmm:
     # The guest and the process
 
     async def run_guest(self) -> None:
-        client = await self.guest.connected()
+        client = await self.guest.asked()
         if self._arrival is not None and client.state is ClientState.LOADED:
             await self._arrival.run_devices()
         elif client.has_offered and client.devices:  # another daemon may have stopped them
@@ -357,7 +359,7 @@ class DirectVmm:
         self._feeds.tell()
 
     async def pause_guest(self) -> None:
-        client = await self.guest.connected()
+        client = await self.guest.asked()
         await client.pause()
         self._is_paused_here = True
         self._feeds.tell()
@@ -381,7 +383,7 @@ class DirectVmm:
         await self._end_transfers()
         if self.guest.is_connected:
             with contextlib.suppress(VmmError):
-                client = await self.guest.connected()
+                client = await self.guest.asked()
                 await client.quit(within_s=QUIT_GRACE_S)
                 await self._process.wait_dead(within_s=QUIT_GRACE_S)
         if not self._process.is_dead:
