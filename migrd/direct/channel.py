@@ -5,10 +5,10 @@ that `interrupt` ends any wait at once. With TLS the two directions share one Op
 is not made for two threads: only the thread that owns the channel touches the socket, also to say
 why it hangs up (`refuse`).
 
-    send / send_file   in pieces, as Pace allows; while it waits it also hears the other side, whose
-                       ABORT says why it no longer reads
-    receive            exactly so many bytes into a buffer of the caller's
-    records            header and body, numbered, digested and chained as stream_wire says
+    send      in pieces, as Pace allows; while it waits it also hears the other side, whose ABORT says
+              why it no longer reads
+    receive   exactly so many bytes into a buffer of the caller's
+    records   header and body, numbered, digested and chained as stream_wire says
 
 Errors: StreamError (broken, stalled, ended), PeerRefused (the other side said ABORT, with its
 reason), ReceiveError (what it sent is no record).
@@ -22,7 +22,6 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Iterator
 from typing import Any, Final
 
 from migrd.direct import stream_wire as wire
@@ -30,6 +29,7 @@ from migrd.direct.pace import Meter, Pace
 from migrd.direct.stream_wire import Header, Type, WireError
 from migrd.errors import MigrdError, PeerRefused, ReceiveError, StreamError
 
+_WOULD_BLOCK: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Buffer = bytes | bytearray | memoryview
 
 _LINGER_S: Final = 2.0
@@ -87,14 +87,15 @@ class Channel:
         )
         self._sock = self._tls = wrapped
         while True:
-            with self._translated("shaking hands"):
-                try:
-                    wrapped.do_handshake()
-                    return
-                except ssl.SSLWantReadError:
-                    events = select.POLLIN
-                except ssl.SSLWantWriteError:
-                    events = select.POLLOUT
+            try:
+                wrapped.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                events = select.POLLIN
+            except ssl.SSLWantWriteError:
+                events = select.POLLOUT
+            except (OSError, ValueError) as failure:
+                raise self._broken(failure, "shaking hands") from failure
             self.wait(events, deadline_s - time.monotonic(), "a TLS handshake")
 
     def connect(self, address: Any, deadline_s: float) -> None:
@@ -167,61 +168,42 @@ class Channel:
         view = memoryview(content)
         flags = socket.MSG_MORE if more and self._tls is None else 0
         while view:
-            piece = view[: self._allowed(len(view))]
+            allowed = self._allowed(len(view))
+            piece, view = view[:allowed], view[allowed:]
+            self.meter.add(allowed)
             while piece:
-                with self._translated("sending"):
-                    try:
-                        done = self._sock.send(piece, flags) if flags else self._sock.send(piece)
-                    except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                        done = 0
-                if done:
-                    self._went(done)
-                    piece, view = piece[done:], view[done:]
-                else:
-                    self._until_writable()
-
-    def send_file(self, fd: int, offset: int, length_bytes: int) -> None:
-        """By the kernel, from the page cache; without TLS only."""
-        end = offset + length_bytes
-        while offset < end:
-            allowed = self._allowed(end - offset)
-            with self._translated("sending"):
                 try:
-                    done = os.sendfile(self._sock.fileno(), fd, offset, allowed)
-                except BlockingIOError:
-                    done = -1
-            if done > 0:
-                self._went(done)
-                offset += done
-            elif done < 0:
-                self._until_writable()
-            else:
-                raise StreamError(f"guest memory ends before {end:#x}: it was cut short")
+                    # TLS takes no flags; and after "would block" it wants the same bytes again
+                    done = self._sock.send(piece, flags) if flags else self._sock.send(piece)
+                except _WOULD_BLOCK:
+                    self._until_writable()
+                except (OSError, ValueError) as failure:
+                    raise self._broken(failure, "sending") from failure
+                else:
+                    piece = piece[done:]
 
     def receive(
         self, buffer: memoryview, within_s: float, doing: str, *, until_s: float = math.inf
     ) -> None:
         """Fill it; each piece within `within_s`. StreamError also when the other side hung up."""
+        receive_into = self._sock.recv_into
         while buffer:
-            with self._translated("receiving"):
-                try:
-                    done = self._sock.recv_into(buffer)
-                except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                    done = -1
-            if done > 0:
+            try:
+                done = receive_into(buffer)
+            except _WOULD_BLOCK:
+                self.wait(select.POLLIN, min(within_s, until_s - time.monotonic()), doing)
+            except (OSError, ValueError) as failure:
+                raise self._broken(failure, "receiving") from failure
+            else:
+                if not done:
+                    raise StreamError(f"{self.name} hung up in the middle of {doing}")
                 buffer = buffer[done:]
                 self.meter.add(done)
-            elif done == 0:
-                raise StreamError(f"{self.name} hung up in the middle of {doing}")
-            else:
-                self.wait(select.POLLIN, min(within_s, until_s - time.monotonic()), doing)
-
-    def _went(self, count_bytes: int) -> None:
-        self.meter.add(count_bytes)
-        if self._interrupted is not None:
-            raise self._interrupted
 
     def _allowed(self, wanted_bytes: int) -> int:
+        """How much may be sent now: at least something, once the pace permits it."""
+        if self._interrupted is not None:
+            raise self._interrupted
         piece = min(wanted_bytes, self.pace.piece_bytes)
         while not self.pace.may_send(piece):
             if self._interrupted is not None:
@@ -250,11 +232,12 @@ class Channel:
     def last_words(self) -> None:
         """Raises what the other side has said, StreamError if it has hung up; else nothing."""
         head = bytearray(1)
-        with self._translated("receiving"):
-            try:
-                done = self._sock.recv_into(head)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return
+        try:
+            done = self._sock.recv_into(head)
+        except _WOULD_BLOCK:
+            return
+        except (OSError, ValueError) as failure:
+            raise self._broken(failure, "receiving") from failure
         if not done:
             raise StreamError(f"{self.name} hung up")
         rest = bytearray(wire.HEADER_BYTES - 1)
@@ -263,24 +246,16 @@ class Channel:
         self._body(header)
         raise ReceiveError(f"{self.name} sent {header.type.name} out of turn")
 
-    @contextlib.contextmanager
-    def _translated(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as failure:
-            raise StreamError(f"{self.name} hung up while {doing}") from failure
-        except ssl.SSLError as failure:
-            raise PeerRefused(
-                f"{self.name}: TLS failed while {doing}: {failure.reason or failure}"
-                + (f" ({failure.verify_message})" if hasattr(failure, "verify_message") else ""),
-                code="tls_refused",
-            ) from failure
-        except (OSError, ValueError) as failure:
-            if doing == "sending":
-                self._raise_reason()
-            raise StreamError(f"{self.name}: {failure} while {doing}") from failure
+    def _broken(self, failure: Exception, doing: str) -> MigrdError:
+        """Our error for the socket's; raises what the other side said, where it did."""
+        if isinstance(failure, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+            return StreamError(f"{self.name} hung up while {doing}")
+        if isinstance(failure, ssl.SSLError):
+            why = getattr(failure, "verify_message", "") or failure.reason or failure
+            return PeerRefused(f"{self.name}: TLS failed while {doing}: {why}", code="tls_refused")
+        if doing == "sending":
+            self._raise_reason()
+        return StreamError(f"{self.name}: {failure} while {doing}")
 
     def _raise_reason(self) -> None:
         """Who hung up while we sent may have said why just before."""

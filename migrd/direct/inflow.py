@@ -69,7 +69,7 @@ class Inflow:
     _buffer: bytearray = field(default_factory=lambda: bytearray(_TABLE_BYTES + wire.PAYLOAD_BYTES))
 
     def run(self) -> None:
-        """Raises ReceiveError, PeerRefused (by the source), StreamError, and what the owner raises."""
+        """Raises ReceiveError, PeerRefused, StreamError, and what the owner raises."""
         try:
             while not self.session.is_loaded:
                 self._record(self.channel.receive_header(self.limits.idle_s))

@@ -261,8 +261,8 @@ class Receiver:
         try:
             channel.send_record(Type.ACCEPTED)
             flow.run()
-            self._end(ReceiverStatus.LOADED, None)
-            channel.send_record(Type.LOADED)
+            if number == 0:
+                self._tell_loaded(channel)
         except MigrdError as failure:
             self._went_wrong(channel, session, failure)
         except Exception as failure:
@@ -272,6 +272,17 @@ class Receiver:
             self._went_wrong(channel, session, wrapped)
         finally:
             self._left(number, session)
+
+    def _tell_loaded(self, channel: Channel) -> None:
+        """First the status, then the source, then `loaded`: who waits there may close us at once."""
+        with self._lock:
+            if self.status in _ENDS:
+                return
+            self.status = ReceiverStatus.LOADED
+        try:
+            channel.send_record(Type.LOADED)
+        finally:
+            self._wake()
 
     def _left(self, number: int, session: Session) -> None:
         with self._lock:
@@ -301,12 +312,15 @@ class Receiver:
         with self._lock:
             self.status = ReceiverStatus.LOADING
 
-    def _end(self, status: ReceiverStatus, failure: MigrdError | None) -> None:
+    def _end(self, status: ReceiverStatus, failure: MigrdError) -> None:
         """The first end counts."""
         with self._lock:
             if self.status in _ENDS:
                 return
             self.status, self._failure = status, failure
+        self._wake()
+
+    def _wake(self) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
             self._loop.call_soon_threadsafe(self._over.set)
 

@@ -56,6 +56,8 @@ class Sent:
     """All that were dirty: with data, zero, and holes."""
     zero_pages: int
     took_s: float
+    stable: bool
+    """The guest stood still, so that nothing of it is dirty any more."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,13 @@ class Sender:
         async with self._busy:
             await self._together([partial(self._open, one) for one in self._openings])
             in_order = [self._channels[one.channel] for one in self._openings]
-            self._outflows = [Outflow(one, self._tls is not None) for one in in_order]
+            self._outflows = [Outflow(one) for one in in_order]
             await self._on_first(self._send_manifest, packed)
 
     async def send(self, pending: DirtyBitmap, *, stable: bool) -> Sent:
         """One round: all pages of `pending`, acknowledged when it returns.
 
-        `stable`: the guest stands still. Raises PeerRefused, StreamError, ReceiveError; the pages
+        `stable`: the guest stands still, for the record. Raises PeerRefused, StreamError, ReceiveError; the pages
         are back in `pending` then, as they are when it is cancelled.
         """
         async with self._busy:
@@ -216,7 +218,7 @@ class Sender:
         began_s, before = time.monotonic(), self._meter.total_bytes
         pages = await in_thread(self._take, pending)
         is_first = self._rounds == 0
-        order = RoundOrder(self._rounds + 1, is_first=is_first, stable=stable)
+        order = RoundOrder(self._rounds + 1, is_first=is_first)
         feed = ExtentFeed(self._memory, self._files, self._taken, leave_holes=is_first)
         for outflow in self._outflows:
             outflow.carried = Carried()
@@ -231,6 +233,7 @@ class Sender:
             pages=pages,
             zero_pages=feed.hole_pages + sum(one.zero_pages for one in carried),
             took_s=time.monotonic() - began_s,
+            stable=stable,
         )
 
     def _take(self, pending: DirtyBitmap) -> int:
