@@ -13,13 +13,13 @@ import click
 
 import migrd
 from migrd.cli import exits
-from migrd.cli.commands import config, devices, events, host, migrations, move, plan, vms
+from migrd.cli.commands import config, devices, events, host, migrations, move, plan, rates, vms
 from migrd.cli.running import Guarded, Options, common_options
 
 SECTIONS: Final[Mapping[str, Sequence[str]]] = MappingProxyType(
     {
         "Migrate": ("plan", "migrate", "watch", "policy", "switchover", "cancel", "resolve"),
-        "Look": ("host", "devices", "vms", "migrations", "rounds", "decisions", "events"),
+        "Look": ("host", "devices", "vms", "rates", "migrations", "rounds", "decisions", "events"),
         "VMs": ("start", "stop"),
         "Daemon": ("serve", "doctor", "config", "demo"),
     }
@@ -36,6 +36,7 @@ _OURS: Final[Sequence[click.Command]] = (
     host.host,
     devices.devices,
     vms.vms,
+    rates.rates,
     migrations.migrations,
     migrations.rounds,
     migrations.decisions,

@@ -22,6 +22,12 @@ from migrd.errors import Conflict
 RATE = 200.0 * MIB
 SET_BYTES = 300.0 * MIB
 SAMPLED_WALL_S = 1_795_000_000.0
+DENIED = {
+    SamplingState.MIGRATING: "vm_migrating",
+    SamplingState.NOT_RUNNING: "vm_stopped",
+    SamplingState.UNREACHABLE: "vm_unreachable",
+    SamplingState.OFF: "sampling_off",
+}
 
 
 def reading(window_s: float, rate: float) -> RateReading:
@@ -44,7 +50,10 @@ class FakeRates:
         return DirtyRatesView(vm, self._state_of(vm), self._trackers(vm))
 
     def _state_of(self, vm: str) -> SamplingState:
-        is_running = self.vm(vm).state == "running"
+        view = self.vm(vm)
+        if view.migration_id is not None:
+            return SamplingState.MIGRATING
+        is_running = view.state == "running"
         otherwise = SamplingState.ON if is_running else SamplingState.NOT_RUNNING
         return self.sampling_state.get(vm, otherwise)
 
@@ -97,7 +106,7 @@ class FakeRates:
         del by
         state = self._state_of(vm)
         if state is not SamplingState.ON:
-            raise Conflict(f"{vm} is not measured: {state.value}", code="vm_stopped")
+            raise Conflict(f"{vm} is not measured: {state.value}", code=DENIED[state])
         is_new = vm not in self.asked_for_rates
         self.asked_for_rates = (*self.asked_for_rates, vm)
         return AskedRate(vm, is_new, 5.25)
