@@ -217,7 +217,8 @@ AVX2 INLINE __m256i add_bytes(__m256i sums, __m256i bytes)
     return _mm256_add_epi64(sums, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
 }
 
-/* Asked for ahead of the processor's own guess, which stops at the end of each page. */
+/* Asked for ahead of the processor's own guess, which stops at the end of each page and when a branch
+   was guessed wrong. It may be beyond the buffer: that is no access. */
 INLINE void ahead(const word *from)
 {
     __builtin_prefetch(from + AHEAD_WORDS);
@@ -371,6 +372,8 @@ AVX2 static int avx2_search(struct search *where, const word *src, size_t begin,
     size_t i = begin;
     int has_room = 1;
     for (; end - i >= 16 && has_room; i += 16) {
+        ahead(src + i);
+        ahead(src + i + PAIR_WORDS);
         __m256i a = edges_of_four(src + i), b = edges_of_four(src + i + 4);
         __m256i c = edges_of_four(src + i + 8), d = edges_of_four(src + i + 12);
         __m256i any = _mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d));

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     Readable = ReadableBuffer | NDArray[Any]
     Writable = WriteableBuffer | NDArray[Any]
 
-CHUNK_WORDS: Final = 1 << 16
-"""512 KiB: so large that calling numpy costs nothing, so small that it stays in the cache."""
+CHUNK_WORDS: Final = 1 << 18
+"""2 MiB: so large that calling numpy costs nothing, so small that it stays in the cache."""
 ALL: Final = 2**64 - 1
 _LARGEST: Final = 2**63 - 1
 

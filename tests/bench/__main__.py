@@ -7,6 +7,8 @@
     calls     one QMP command, one journal record, one message to a peer
     decision  the decision at VM start, for 16 devices on 8 IOMMU instances
     inventory a host with 4,096 PCI functions: full scan, one uevent, event loop
+    bitmap    merge, count and extents of bitmaps of 64 and 768 MiB, beside plain loops in C
+    loop_lag  the event loop while a thread goes over bitmaps of 768 MiB
 
 Without a name all run, with 9 runs each (medians of these; interleaved, so that all sides meet the
 same machine). Exit code: 0 every figure is within its bound, 1 one is not, 2 wrong usage.
@@ -21,7 +23,17 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
-from tests.bench import calls, decision, inventory, moving, scraping, virsh, watching
+from tests.bench import (
+    bitmap,
+    calls,
+    decision,
+    inventory,
+    loop_lag,
+    moving,
+    scraping,
+    virsh,
+    watching,
+)
 from tests.bench.figures import Table
 
 RUNS: Final = 9
@@ -33,6 +45,8 @@ BENCHES: Final[Mapping[str, Callable[[int], Awaitable[Table]]]] = {
     "calls": calls.run,
     "decision": decision.run,
     "inventory": inventory.run,
+    "bitmap": bitmap.run,
+    "loop_lag": loop_lag.run,
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import moving, scraping, watching
+from tests.bench import bitmap, loop_lag, moving, scraping, watching
 from tests.bench.figures import Figure, Judge, Table
 from tests.bench.guest import Guest
 
@@ -31,6 +31,14 @@ async def test_watching_two_hundred_vms_costs_little_more_than_asking() -> None:
 
 async def test_a_scrape_of_ten_thousand_series_costs_little_more_than_healthz() -> None:
     assert_holds(await scraping.run(5))
+
+
+async def test_bitmaps_are_gone_over_at_memorys_speed() -> None:
+    assert_holds(await bitmap.run(5, sizes_mib=(64,)))
+
+
+async def test_the_event_loop_keeps_its_beat_while_bitmaps_are_gone_over() -> None:
+    assert_holds(await loop_lag.run(5, bitmap_mib=256))
 
 
 @pytest.mark.real
