@@ -23,8 +23,9 @@ likelihood of one parameter). Where the model does not fit, errors are widened b
 sqrt(chi2 / degrees of freedom) (Birge), and `misfit` says so.
 
 What the windows do not show is not made up: shorter windows than W / D see a straight line, and W
-is only known to be at least so much (its value None); longer ones see W alone, and D is only
-known to be at least so much. Fewer than two lengths tell neither.
+is only known to be at least so much; longer ones see W alone, and D is only known to be at least so
+much. A figure without an upper end of its own has no best guess (value None), though W is never
+more than the memory there is. Fewer than two lengths tell neither.
 
 Trap: the windows of one set follow each other. A guest that changes meanwhile is no guest of this
 model; it shows as a misfit, with three windows or more.
@@ -45,8 +46,6 @@ STRAIGHT: Final = 1e-3
 """k * longest window: below it no bend could ever be seen."""
 FLAT: Final = 30.0
 """k * shortest window: above it every window has seen all of W."""
-BEND_SEEN: Final = 0.05
-FLAT_SEEN: Final = 10.0
 GRID: Final = 24
 ZOOMS: Final = 5
 LEAST_ERROR: Final = 1e-6
@@ -122,20 +121,16 @@ def fit(readings: Sequence[RateReading], *, total_bytes: int | None = None) -> W
     misfit = math.sqrt(best.chi2 / freedom) if freedom else None
     within = CHI2_95 * max(1.0, misfit or 0.0) ** 2
     region = _region(tries, best.chi2 + within)
-    is_bent = best.k * max(lengths) > BEND_SEEN
-    is_flat = best.k * min(lengths) > FLAT_SEEN
     return WorkingSet(
         FitQuality.FITTED,
         _figure(
             best.k * best.set_bytes,
             [(t.k * low, t.k * high) for t, low, high in _slacks(region, best.chi2, within)],
-            is_known=not is_flat,
             is_bounded=region[-1] is not tries[-1],
         ),
         _figure(
             best.set_bytes,
             [(low, high) for _, low, high in _slacks(region, best.chi2, within)],
-            is_known=is_bent,
             is_bounded=region[0] is not tries[0],
             most=total_bytes,
         ),
@@ -203,13 +198,12 @@ def _figure(
     value: float,
     spans: Sequence[tuple[float, float]],
     *,
-    is_known: bool,
     is_bounded: bool,
     most: int | None = None,
 ) -> Figure:
     low, high = min(span[0] for span in spans), max(span[1] for span in spans)
-    bound = None if most is None else float(most)
-    top = high if is_bounded else bound
-    if top is not None and bound is not None:
-        top = min(top, bound)
-    return Figure(value if is_known else None, min(low, value), top)
+    if most is not None and (not is_bounded or high >= most):
+        return Figure(None, min(low, value), float(most))
+    return (
+        Figure(value, min(low, value), high) if is_bounded else Figure(None, min(low, value), None)
+    )

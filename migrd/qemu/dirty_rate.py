@@ -12,8 +12,10 @@ Traps (seen on QEMU 7.2 and 10.0; qapi/migration.json, migration/dirtyrate.c):
   first write to each page is slower for it.
 - One measurement at a time: a second is refused while the first goes on, whoever began it.
 - A migration does not keep QEMU from measuring; what it measures then is the migration's own.
+- A window may last longer than it was to (a busy host): `calc-time` then says how long it was, and
+  the rate is that of the longer one.
 - A new measurement forgets the old figure, so one that is "measured" is ours, unless somebody else
-  has begun another meanwhile: then its window or mode is not what we asked for.
+  has begun another meanwhile: then its mode, or a window that is too short or far too long, tell.
 - The answer for milliseconds says `calc-time: 0` when it is asked for in seconds.
 - A stopped guest is measured too: 0.
 """
@@ -109,18 +111,28 @@ def _read(
 ) -> MeasuredRate:
     """Raises VmmRefused for what is no figure, or not ours."""
     mode = wanted.get("mode", RateMode.PAGE_SAMPLING.value)
-    if answer.get("calc-time") != wanted["calc-time"] or answer.get("mode", mode) != mode:
+    real_s = _real_window_s(answer.get("calc-time"), wanted, window_s)
+    if real_s is None or answer.get("mode", mode) != mode:
         raise VmmRefused("somebody else has measured meanwhile", code="rate_busy")
     rate = _whole(answer.get("dirty-rate"))
     if rate is None or not 0 <= rate < LARGEST_MIB_PER_S:
         text = f"QEMU measured a dirty rate of {answer.get('dirty-rate')!r:.40} MiB/s"
         raise VmmRefused(text, code="rate_not_understood")
     if mode != RateMode.PAGE_SAMPLING.value:
-        return MeasuredRate(rate, window_s, None, overrun_s)
+        return MeasuredRate(rate, real_s, None, overrun_s)
     sampled = _whole(answer.get("sample-pages")) or _whole(wanted.get("sample-pages"))
     if sampled is None or sampled <= 0:
         raise VmmRefused("QEMU does not say how many pages it sampled", code="rate_not_understood")
-    return MeasuredRate(rate, window_s, sampled, overrun_s)
+    return MeasuredRate(rate, real_s, sampled, overrun_s)
+
+
+def _real_window_s(told: object, wanted: Arguments, window_s: float) -> float | None:
+    """How long the window was; None: it is not the one that was asked for."""
+    calc_time, asked = _whole(told), _whole(wanted["calc-time"])
+    if calc_time is None or asked is None or calc_time < asked:
+        return None
+    real_s = window_s * calc_time / asked
+    return real_s if real_s <= window_s + OVERRUN_S else None
 
 
 def _whole(value: object) -> int | None:
