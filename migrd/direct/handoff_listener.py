@@ -16,6 +16,7 @@ Neither may block.
 """
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping
@@ -50,6 +51,7 @@ from migrd.errors import Conflict, Invalid, NotAuthorized, TooLarge, VmmUnreacha
 log = structlog.get_logger(__name__)
 
 _NO_DESCRIPTOR_LEFT_S: Final = 0.5
+_MOST_REMEMBERED: Final = 256
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class HandoffListener:
         self._names = NameHolders()
         self._clients: list[HandedOver] = []
         self._conversations: set[asyncio.Task[None]] = set()
+        self._refused: set[tuple[int, str]] = set()
         self._greeting = 0
         self._listening: socket.socket | None = None
         self._inode = 0
@@ -166,15 +169,27 @@ class HandoffListener:
                 self._greeting -= 1
             await self._serve(client, connection)
         except (ConnectionEnded, VmmUnreachable) as failure:
-            log.info("direct.disconnected", vm=client.vm if client else None, why=str(failure))
+            if client is not None:
+                log.info("direct.disconnected", vm=client.vm, pid=client.pid, why=str(failure))
         except Exception as failure:
             code, text = _complaint(failure, self._limits)
-            log.warning("direct.refused", vm=client.vm if client else None, code=code, why=text)
+            self._note_refusal(connection.peer_pid, client, code, text)
             connection.refuse(code, text)
         finally:
             connection.close()
             if client is not None:
                 await self._part(client)
+
+    def _note_refusal(
+        self, pid: int, client: HandedOver | None, code: ErrorCode, text: str
+    ) -> None:
+        """In the log, once: a process that is refused tries again every second."""
+        if len(self._refused) >= _MOST_REMEMBERED:
+            self._refused.clear()
+        level = logging.DEBUG if (pid, text) in self._refused else logging.WARNING
+        self._refused.add((pid, text))
+        vm = client.vm if client is not None else None
+        log.log(level, "direct.refused", pid=pid, vm=vm, code=code.name.lower(), why=text)
 
     async def _greet(self, plain: socket.socket, connection: PacketSocket) -> HandedOver:
         """All of the hand-over, up to WELCOME."""

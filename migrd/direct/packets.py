@@ -10,6 +10,7 @@ import asyncio
 import errno
 import os
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -26,6 +27,7 @@ from migrd.direct.messages import (
     encode,
 )
 
+_UCRED: Final = struct.Struct("3i")
 _FD: Final = array.array("i").itemsize
 _ROOM_FDS: Final = 4
 """For more than may come, so that too many are seen as such, and closed."""
@@ -62,6 +64,15 @@ class PacketSocket:
         self._sending = asyncio.Lock()
         self._in_a_row = 0
         self._waiting: set[asyncio.Future[None]] = set()
+
+    @property
+    def peer_pid(self) -> int:
+        """Of the process that connected; 0: not told."""
+        try:
+            raw = self._plain.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        except OSError:
+            return 0
+        return int(_UCRED.unpack(raw)[0])
 
     async def receive(self) -> Received:
         """The next message. Raises ConnectionEnded, BadMessage."""
