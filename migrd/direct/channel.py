@@ -5,8 +5,8 @@ that `interrupt` ends any wait at once. With TLS the two directions share one Op
 is not made for two threads: only the thread that owns the channel touches the socket, also to say
 why it hangs up (`refuse`).
 
-    send      in pieces, as Pace allows; while it waits it also hears the other side, whose ABORT says
-              why it no longer reads
+    send      in pieces, as Pace allows; while it waits it also hears the other side, whose ABORT
+              says why it no longer reads
     receive   exactly so many bytes into a buffer of the caller's
     records   header and body, numbered, digested and chained as stream_wire says
 
@@ -32,7 +32,7 @@ from migrd.errors import MigrdError, PeerRefused, ReceiveError, StreamError
 _WOULD_BLOCK: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Buffer = bytes | bytearray | memoryview
 
-_LINGER_S: Final = 2.0
+_LINGER_S: Final = 1.0
 """How long a side that hangs up with a reason lets the other one read it."""
 _DISCARD_BYTES: Final = 1 << 16
 

@@ -42,7 +42,7 @@ from migrd.direct.session import Session
 from migrd.direct.stream_limits import StreamLimits
 from migrd.direct.stream_wire import Opening, Type, WireError
 from migrd.engine.ports import PortRange
-from migrd.engine.threads import in_executor
+from migrd.engine.threads import in_executor, in_thread
 from migrd.errors import MigrdError, PeerRefused, ReceiveError, StreamError, Unavailable
 
 CONNECTIONS: Final = wire.CHANNELS_MAX + 8
@@ -166,10 +166,7 @@ class Receiver:
         finally:
             if self._listener is not None:
                 self._listener.close()
-            self._threads.shutdown(wait=True)
-            if self._session is not None:
-                self._session.give_up()
-                self._session = None
+            await in_thread(self._dismiss)
 
     # ---------------------------------------------------------------- connections
 
@@ -190,6 +187,12 @@ class Receiver:
             task = asyncio.create_task(in_executor(self._threads, self._serve, sock, name))
             self._connections.add(task)
             task.add_done_callback(self._connections.discard)
+
+    def _dismiss(self) -> None:
+        self._threads.shutdown(wait=True)
+        session, self._session = self._session, None
+        if session is not None:
+            session.give_up()
 
     # ---------------------------------------------------------------- in a connection's thread
 
@@ -274,7 +277,7 @@ class Receiver:
             self._left(number, session)
 
     def _tell_loaded(self, channel: Channel) -> None:
-        """First the status, then the source, then `loaded`: who waits there may close us at once."""
+        """First the status, then the source, then `loaded`: who waits there may close at once."""
         with self._lock:
             if self.status in _ENDS:
                 return
@@ -286,11 +289,12 @@ class Receiver:
 
     def _left(self, number: int, session: Session) -> None:
         with self._lock:
-            if session.leave(number) and not session.is_loaded:
-                session.give_up()
-                self._session = None
-                if self.status in (ReceiverStatus.RECEIVING, ReceiverStatus.LOADING):
-                    self.status = ReceiverStatus.WAITING
+            if not session.leave(number) or session.is_loaded:
+                return
+            self._session = None
+            if self.status in (ReceiverStatus.RECEIVING, ReceiverStatus.LOADING):
+                self.status = ReceiverStatus.WAITING
+        session.give_up()  # which takes long for a large guest
 
     def _turn_away(self, channel: Channel, why: MigrdError) -> None:
         with self._lock:

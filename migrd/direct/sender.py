@@ -138,8 +138,8 @@ class Sender:
     async def send(self, pending: DirtyBitmap, *, stable: bool) -> Sent:
         """One round: all pages of `pending`, acknowledged when it returns.
 
-        `stable`: the guest stands still, for the record. Raises PeerRefused, StreamError, ReceiveError; the pages
-        are back in `pending` then, as they are when it is cancelled.
+        `stable`: the guest stands still, for the record. Raises PeerRefused, StreamError,
+        ReceiveError; the pages are back in `pending` then, as they are when it is cancelled.
         """
         async with self._busy:
             self._check_usable()
@@ -244,8 +244,11 @@ class Sender:
         self._check_usable()
         try:
             await self._crew.together(calls, self._interrupt)
-        except MigrdError as failure:
-            self._ended = failure
+        except BaseException as failure:
+            if isinstance(failure, MigrdError):
+                self._ended = failure
+            self._interrupt(StreamError("the transfer was ended here", code="stream_ended"))
+            await in_thread(self._hang_up)  # at once: the destination waits for it
             raise
 
     async def _on_first(self, call: Callable[..., None], *arguments: object) -> None:
@@ -263,11 +266,14 @@ class Sender:
         interrupt_all(list(self._channels.values()), why)
 
     def _close(self, why: MigrdError | None) -> None:
-        for number, channel in self._channels.items():
-            if why is not None and number == 0:
-                channel.refuse(why)
-            channel.close()
+        if why is not None and 0 in self._channels:
+            self._channels[0].refuse(why)
+        self._hang_up()
         self._crew.dismiss()
+
+    def _hang_up(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
 
     # ---------------------------------------------------------------- in the channels' threads
 
