@@ -151,5 +151,5 @@ def vmm(
         with example(kind, socket, out, instance=instance, is_incoming=is_incoming) as started:
             yield started
         return
-    with ScriptedVmm(socket, out, instance=instance, is_incoming=is_incoming) as scripted:
+    with ScriptedVmm(socket, instance=instance, is_incoming=is_incoming) as scripted:
         yield scripted

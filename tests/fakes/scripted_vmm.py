@@ -1,8 +1,8 @@
 """A VMM written from the protocol's page alone (migrd/direct/messages.py), in a thread of the test.
 
 It keeps every rule, and shares no code with the client libraries but the layouts. Its guest is one
-thread that counts in the first word of real memory, and appends each beat to a file. What it must
-*not* do like the others is scripted:
+thread that counts in the first word of real memory. What it must *not* do like the others is
+scripted:
 
     vmm.before_answer[Pause] = lambda: event.wait()       answers late
     vmm.instead[Pause] = lambda serial: [...]             says this instead of its answer
@@ -30,6 +30,7 @@ from migrd.direct.messages import (
     AskState,
     ClientState,
     Departed,
+    ErrorMessage,
     GiveRegion,
     Hello,
     LoadState,
@@ -72,7 +73,6 @@ class ScriptedVmm:
     def __init__(
         self,
         path: Path,
-        out: Path,
         *,
         instance: str = "",
         is_incoming: bool = False,
@@ -81,7 +81,9 @@ class ScriptedVmm:
         self.pid = os.getpid()
         self.before_answer: dict[type[Ask], Callable[[], object]] = {}
         self.instead: dict[type[Ask], Callable[[int], Sequence[bytes]]] = {}
-        self._path, self._out, self._instance = path, out, instance
+        self.errors: list[str] = []
+        """What the daemon said before it hung up."""
+        self._path, self._instance = path, instance
         self._state = ClientState.INCOMING if is_incoming else ClientState.RUNNING
         self._migration_id = ""
         self._region: tuple[int, int] | None = None
@@ -171,6 +173,9 @@ class ScriptedVmm:
         if not packet:
             raise EOFError
         found = decode(packet)
+        if isinstance(found.message, ErrorMessage):
+            self.errors.append(found.message.text)
+            raise EOFError
         return found.serial, found.message, fds[0] if fds else None
 
     def _hand_over(self) -> None:
