@@ -5,6 +5,7 @@ No answer yet says nothing about the migration: it goes on by itself meanwhile, 
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from typing import Final
 
 from migrd.core.facts import TransferSample
@@ -24,3 +25,12 @@ async def first_look(vmm: Vmm) -> TransferSample:
                     return await vmm.sample()
                 await asyncio.sleep(LOOK_S)
     return await vmm.sample()
+
+
+def keep_numbers(before: TransferSample | None, sample: TransferSample) -> TransferSample:
+    """QEMU's numbers vanish at the end: the last ones are kept, the statuses are new."""
+    if before is None:
+        return sample
+    return replace(
+        before, at_s=sample.at_s, qemu_status=sample.qemu_status, run_state=sample.run_state
+    )

@@ -18,7 +18,6 @@ A restarted daemon begins this step again: it finds QEMU's migration going on an
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Final
 
 from migrd.core.convergence import FIXED_COST_S, Decision, Situation, Verdict, decide, estimate
@@ -26,7 +25,7 @@ from migrd.core.facts import QemuStatus, TransferSample
 from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Cause, MigrationEvent, Mode
 from migrd.core.phases import Trigger
-from migrd.engine.first_look import first_look
+from migrd.engine.first_look import first_look, keep_numbers
 from migrd.engine.last_words import last_word, why_failed
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView
@@ -98,8 +97,10 @@ class Steering:
     async def begin(self) -> None:
         """Issue `migrate`, unless QEMU's migration is already under way (we were restarted)."""
         m = self._m
-        if m.resumed and await self._found_going_on():
-            return
+        if m.resumed:
+            if await self._found_going_on():
+                return  # else it may know nothing of what an earlier daemon told it
+            await m.vmm.prepare_outgoing(m.settings(), m.world.options.tls)
         if m.state.address is None:
             raise MigrdError("the destination's address is not known", code="no_address")
         m.resumed = True  # from here on a second run of this step must not issue it again
@@ -152,7 +153,7 @@ class Steering:
         if sent > 0:
             channel = "multifd" if m.stored.request.multifd_channels else "ram"
             m.world.observer.transferred(m.stored.request.vm, channel, sent)
-        m.sample = sample if sample.total_bytes is not None else _keep_numbers(before, sample)
+        m.sample = sample if sample.total_bytes is not None else keep_numbers(before, sample)
 
     async def _ended(self, sample: TransferSample) -> MigrationEvent | None:
         """QEMU has left precopy, one way or the other."""
@@ -365,12 +366,3 @@ def is_pointless(m: Outgoing) -> bool:
 def _gist(decision: Decision) -> tuple[object, ...]:
     """What makes a decision worth recording again."""
     return decision.verdict, decision.reason, decision.round_number, decision.throttle_percent
-
-
-def _keep_numbers(before: TransferSample | None, sample: TransferSample) -> TransferSample:
-    """QEMU's numbers vanish at the end: the last ones are kept, the statuses are new."""
-    if before is None:
-        return sample
-    return replace(
-        before, at_s=sample.at_s, qemu_status=sample.qemu_status, run_state=sample.run_state
-    )

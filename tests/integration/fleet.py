@@ -30,13 +30,13 @@ from migrd.demo.hosts import Host
 from migrd.demo.image import GuestImage, Pattern
 from migrd.demo.proof import Continuity, SerialTap, prove_continuity
 from migrd.qemu.profile import TCG_EXTRA_KIB
+from tests.integration.small_disk import mounted
 from tests.lab.freezing_proxy import FreezingProxy, freezing_proxy
 
 VM = "guest"
 MIB = 1 << 20
 TERMINAL = {"succeeded", "rolled_back", "cancelled", "refused", "guest_lost"}
 STREAM_HOST = "127.0.0.2"
-DISK_BYTES = 4 * MIB
 HELD = Path(__file__).with_name("held.py")
 
 SMALL = GuestImage(working_set_pages=8 * 256, pages_per_s=1000, pattern=Pattern.RANDOM, noise=True)
@@ -175,14 +175,19 @@ class Fleet:
         """Record every serial line there is, from its first byte; runs until cancelled."""
         while True:
             for host in self.hosts.values():
-                below = host.directory / "run" / "vms"
-                found = await asyncio.to_thread(_serial_logs, below)
+                found = await asyncio.to_thread(self.logs, host)
                 for log in found:
                     if log not in self._listening:
                         tap = SerialTap(f"{host.name}/{log.parent.name}")
                         self.taps.append(tap)
                         self._listening[log] = asyncio.create_task(tap.follow(log))
             await asyncio.sleep(0.005)
+
+    def logs(self, host: Host) -> list[Path]:
+        """Where the guest's words on this host are written. Blocking."""
+        # Not Path.glob: a directory that goes away while it looks is an error to it.
+        below = host.directory / "run" / "vms"
+        return sorted(Path(found) for found in glob.glob(f"{below}/*/*/serial.log"))
 
     async def stop_listening(self) -> None:
         for task in self._listening.values():
@@ -270,11 +275,6 @@ class Fleet:
         return await asyncio.to_thread(self.hosts[host].log.read_text, errors="replace")
 
 
-def _serial_logs(below: Path) -> list[Path]:
-    # Not Path.glob: a directory that goes away while it looks is an error to it.
-    return sorted(Path(found) for found in glob.glob(f"{below}/*/*/serial.log"))
-
-
 def _lay_out(
     directory: Path,
     binaries: tuple[Path, Path],
@@ -346,29 +346,19 @@ async def fleet(
             two.stream = await stack.enter_async_context(
                 freezing_proxy((STREAM_HOST, port), ("127.0.0.1", port))
             )
-        stack.push_async_callback(_end, two)
-        listening = asyncio.create_task(two.listen())
-        stack.push_async_callback(_end_listening, two, listening)
-        await asyncio.gather(*(two.start_daemon(host.name) for host in pair))
-        yield two
+        async with in_service(two):
+            yield two
 
 
 @contextlib.asynccontextmanager
-async def mounted(directory: Path) -> AsyncIterator[None]:
-    """A disk of DISK_BYTES in place of a directory. Needs root."""
-    size = f"size={DISK_BYTES},mode=0700"
-    await _run("mount", "-t", "tmpfs", "-o", size, "tmpfs", str(directory))
-    try:
+async def in_service(two: Fleet) -> AsyncIterator[None]:
+    """Both daemons ready, the guest heard; at the end nothing of it is left."""
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(_end, two)
+        listening = asyncio.create_task(two.listen())
+        stack.push_async_callback(_end_listening, two, listening)
+        await asyncio.gather(*(two.start_daemon(name) for name in two.hosts))
         yield
-    finally:
-        await _run("umount", str(directory))
-
-
-async def _run(*command: str) -> None:
-    child = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
-    async with asyncio.timeout(20):
-        _, complaint = await child.communicate()
-    assert child.returncode == 0, f"{' '.join(command)}: {complaint.decode()}"
 
 
 def _move_to(pair: tuple[Host, Host], addresses: Mapping[str, str]) -> None:

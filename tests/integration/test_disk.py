@@ -14,7 +14,7 @@ import pytest
 
 from migrd.cli.client import Problem
 from migrd.cli.seen import Json
-from tests.integration.fleet import DISK_BYTES, MIB, SMALL, Fleet
+from tests.integration.fleet import MIB, SMALL, Fleet
 from tests.integration.scenarios import (
     FAST,
     has_condition,
@@ -25,6 +25,7 @@ from tests.integration.scenarios import (
     running,
     stays_and_moves_again,
 )
+from tests.integration.small_disk import DISK_BYTES
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(120)]
 

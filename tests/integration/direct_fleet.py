@@ -1,0 +1,188 @@
+"""Two real migrd daemons, and a process with a guest in it that hands over: no QEMU anywhere.
+
+What `fleet` and `scenarios` have for QEMU's guests holds here too: a DirectFleet is a Fleet, and
+what it calls QEMUs are processes with a guest.
+"""
+
+import asyncio
+import contextlib
+import glob
+import os
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from migrd.cli.client import path
+from migrd.cli.seen import Json
+from migrd.demo import hosts, processes
+from migrd.demo.direct_memory import Layout, prove_memory
+from migrd.demo.hosts import Host
+from migrd.demo.proof import Continuity, prove_continuity
+from tests.integration.fleet import MIB, SMALL, STREAM_HOST, VM, Fleet, in_service
+from tests.lab.freezing_proxy import freezing_proxy
+
+GUEST = Path(__file__).with_name("direct_guest.py")
+WORKERS = 2
+PAGES = MIB // 4096
+CALM: dict[str, Json] = {
+    "memory_mib": 64,
+    "working_set_mib": 8,
+    "filling_mib": 8,
+    "dirty_mib_per_s": 4,
+}
+LIVELY: dict[str, Json] = {**CALM, "working_set_mib": 24, "dirty_mib_per_s": 16}
+"""With a bandwidth limit below that it never converges."""
+
+
+@dataclass
+class DirectFleet(Fleet):
+    """Two hosts; see the module."""
+
+    parameters: dict[str, Json] = field(default_factory=lambda: dict(CALM))
+
+    @property
+    def layout(self) -> Layout:
+        def pages(name: str) -> int:
+            value = self.parameters[name]
+            assert isinstance(value, int)
+            return value * PAGES
+
+        memory, working_set = pages("memory_mib"), pages("working_set_mib")
+        return Layout(memory, working_set, pages("filling_mib"), WORKERS)
+
+    async def define(self, host: str, **changes: Json) -> None:
+        body: Json = {"profile": "demo", "parameters": {**self.parameters, **changes}}
+        await self.call(host, "PUT", path("vms", VM), body=body)
+
+    async def start_guest(self, host: str) -> None:
+        await self.define(host)
+        await self.call(host, "POST", path("vms", VM, verb="start"))
+        await self.counts_on(host)
+
+    def logs(self, host: Host) -> list[Path]:
+        below = host.directory / "run" / "direct"
+        return sorted(Path(found) for found in glob.glob(f"{below}/*/*/output.log"))
+
+    async def qemus(self, host: str | None = None) -> list[int]:
+        below = self.directory if host is None else self.hosts[host].directory
+        return await asyncio.to_thread(_guests_below, below)
+
+    async def prove(self, switches: int, *, on: str) -> Continuity:
+        """Count without gap or repeat over so many moves, memory by its rule, one process, `on`,
+        and nothing lost on the way."""
+        await self.counts_on(on)
+        pids = await self.qemus()
+        assert len(pids) == 1, f"processes: {pids}"
+        told = (await self.vm(on))["pid"]
+        assert told == pids[0], f"the API says pid {told}, the kernel {pids}"
+        await asyncio.to_thread(self._prove_memory, pids[0])
+        self._prove_checksums(switches)
+        return prove_continuity([tap for tap in self.taps if tap.chunks], switches=switches)
+
+    def _prove_memory(self, pid: int) -> None:
+        with processes.standing_still(pid):
+            visits = prove_memory(pid, self.layout)
+        assert visits > 0
+
+    def _prove_checksums(self, switches: int) -> None:
+        """What was loaded last is what was saved last, if it moved at all."""
+        lines = self.told.read_text().split("\n") if self.told.exists() else []
+        loaded = [line.split()[1] for line in lines if line.startswith("loaded")]
+        saved = [line.split()[1] for line in lines if line.startswith("saved")]
+        assert len(loaded) >= switches
+        assert set(loaded) <= set(saved), lines
+
+    @property
+    def told(self) -> Path:
+        return self.directory / "told"
+
+
+def _guests_below(directory: Path) -> list[int]:
+    """Processes that were launched to hand over below a directory, as the kernel says."""
+    found = []
+    for entry in processes.PROC.iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and os.fsencode(GUEST) in (entry / "cmdline").read_bytes():
+                mark = b"MIGRD_SOCKET=" + os.fsencode(directory) + b"/"
+                if mark in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+    return sorted(found)
+
+
+def profile_text(told: Path, behaviour: str) -> str:
+    """The demo's profile, for our guest."""
+    ours = f'"{GUEST}", "--told", "{told}", "--behave", "{behaviour}",'
+    text = hosts.DIRECT_PROFILE.replace('"-m", "migrd.demo.direct_guest",', ours)
+    assert ours in text
+    return text
+
+
+@contextlib.asynccontextmanager
+async def direct_fleet(
+    directory: Path,
+    *,
+    parameters: Mapping[str, Json] = CALM,
+    tls: bool = False,
+    proxied: bool = False,
+    settings: Mapping[str, Mapping[str, str]] | None = None,
+    behaviours: Mapping[str, str] | None = None,
+) -> AsyncIterator[DirectFleet]:
+    """Two daemons, ready, and no guest yet. `behaviours`: host -> how a process launched there
+    misbehaves."""
+    more = {name: dict((settings or {}).get(name, {})) for name in ("alpha", "beta")}
+    port = (await asyncio.to_thread(hosts.free_ports, 1))[0]
+    if proxied:
+        more["alpha"]["roster"] = f'migration_host = "{STREAM_HOST}"\n'
+        ours = f"incoming_slots = 1\nport_range = [{port}, {port}]\n"
+        more["beta"]["migration"] = more["beta"].get("migration", "") + ours
+    pair = await asyncio.to_thread(
+        hosts.lay_out,
+        directory,
+        names=("alpha", "beta"),
+        profile=profile_text(directory / "told", "well"),
+        tls=tls,
+        more=more,
+    )
+    for name, behaviour in (behaviours or {}).items():
+        await asyncio.to_thread(_misbehave, directory / name, behaviour)
+    two = DirectFleet(
+        directory, {host.name: host for host in pair}, SMALL, 0, parameters=dict(parameters)
+    )
+    for host in pair:
+        await asyncio.to_thread((host.directory / "holds").mkdir)
+    async with contextlib.AsyncExitStack() as stack:
+        if proxied:
+            two.stream = await stack.enter_async_context(
+                freezing_proxy((STREAM_HOST, port), ("127.0.0.1", port))
+            )
+        await stack.enter_async_context(in_service(two))
+        yield two
+
+
+def _misbehave(host: Path, behaviour: str) -> None:
+    profile = host / "profiles" / "demo.toml"
+    text = profile.read_text()
+    profile.write_text(text.replace('"--behave", "well"', f'"--behave", "{behaviour}"'))
+
+
+@contextlib.asynccontextmanager
+async def running(
+    directory: Path,
+    *,
+    parameters: Mapping[str, Json] = CALM,
+    tls: bool = False,
+    proxied: bool = False,
+    settings: Mapping[str, Mapping[str, str]] | None = None,
+    behaviours: Mapping[str, str] | None = None,
+) -> AsyncIterator[DirectFleet]:
+    """A fleet whose guest counts on alpha; the options are those of `direct_fleet`."""
+    async with direct_fleet(
+        directory,
+        parameters=parameters,
+        tls=tls,
+        proxied=proxied,
+        settings=settings,
+        behaviours=behaviours,
+    ) as two:
+        await two.start_guest("alpha")
+        yield two

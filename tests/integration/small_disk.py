@@ -1,0 +1,26 @@
+"""A disk of its own, and a small one, for what a test wants to fill up."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+DISK_BYTES = 4 << 20
+
+
+@contextlib.asynccontextmanager
+async def mounted(directory: Path) -> AsyncIterator[None]:
+    """A disk of DISK_BYTES in place of a directory. Needs root."""
+    size = f"size={DISK_BYTES},mode=0700"
+    await _run("mount", "-t", "tmpfs", "-o", size, "tmpfs", str(directory))
+    try:
+        yield
+    finally:
+        await _run("umount", str(directory))
+
+
+async def _run(*command: str) -> None:
+    child = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(20):
+        _, complaint = await child.communicate()
+    assert child.returncode == 0, f"{' '.join(command)}: {complaint.decode()}"

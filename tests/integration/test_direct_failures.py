@@ -1,0 +1,255 @@
+"""Moves of a process that go wrong: the guest goes on where the answer says, and moves again."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from migrd.cli.seen import Json
+from tests.integration.direct_fleet import LIVELY, DirectFleet, running
+from tests.integration.scenarios import (
+    FAST,
+    full_speed,
+    hurry,
+    in_switchover,
+    moved,
+    moves_again,
+    stayed,
+    stays_and_moves_again,
+)
+
+pytestmark = pytest.mark.timeout(180)
+
+SLOW: dict[str, Json] = {"max_bandwidth_bytes_per_s": 8 << 20}
+"""LIVELY writes more than that."""
+
+
+async def in_precopy(two: DirectFleet, **more: Json) -> str:
+    """A migration that copies memory and will not end by itself."""
+    migration = await two.migrate("alpha", "beta", policy=SLOW, **more)
+    await two.until(
+        "alpha", migration, lambda seen: (seen["progress"]["transferred_bytes"] or 0) > 1 << 20
+    )
+    return migration
+
+
+async def only_guest(two: DirectFleet, host: str) -> int:
+    (pid,) = await two.qemus(host)
+    return pid
+
+
+# Processes that die -------------------------------------------------------------------------------
+
+
+async def test_a_destination_that_dies_leaves_the_guest_where_it_is(short_tmp_path: Path) -> None:
+    async with running(short_tmp_path, parameters=LIVELY, proxied=True) as two:
+        migration = await in_precopy(two)
+        os.kill(await only_guest(two, "beta"), signal.SIGKILL)
+        await stayed(two, migration, "rolled_back")
+        migration = await in_switchover(two)
+        os.kill(await only_guest(two, "beta"), signal.SIGKILL)
+        await stays_and_moves_again(two, migration, "rolled_back")
+
+
+async def test_a_guest_whose_process_dies_while_it_is_copied_is_lost_and_said_to_be(
+    short_tmp_path: Path,
+) -> None:
+    async with running(short_tmp_path, parameters=LIVELY) as two:
+        migration = await in_precopy(two)
+        os.kill(await only_guest(two, "alpha"), signal.SIGKILL)
+        seen = await two.ended("alpha", migration)
+        assert seen["phase"] == "guest_lost", seen["cause"]
+        await two.only_qemus(0)
+        await two.call("alpha", "POST", "/v1/vms/guest:start")
+        await two.only_qemus(1)
+        await two.counts_on("alpha")
+
+
+async def test_a_source_that_dies_when_the_destination_has_all_goes_on_there(
+    short_tmp_path: Path,
+) -> None:
+    async with running(short_tmp_path) as two:
+        two.hold("beta", "before", "start_ordered")
+        migration = await two.migrate("alpha", "beta")
+        await two.held("beta", "before", "start_ordered")
+        os.kill(await only_guest(two, "alpha"), signal.SIGKILL)
+        two.let_go("beta", "before", "start_ordered")
+        await moved(two, migration)
+
+
+# Daemons that die ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["alpha", "beta"])
+async def test_a_daemon_killed_while_the_guest_is_copied(short_tmp_path: Path, host: str) -> None:
+    """The source's begins again; what the destination's had received is given up."""
+    async with running(short_tmp_path, parameters=LIVELY) as two:
+        migration = await in_precopy(two)
+        await two.kill_daemon(host)
+        await two.start_daemon(host)
+        if host == "alpha":
+            await two.phase("alpha", migration, "precopy")
+            await hurry(two, migration)
+            await moved(two, migration)
+        else:
+            await stays_and_moves_again(two, migration, "rolled_back")
+
+
+@pytest.mark.parametrize("host", ["alpha", "beta", "both"])
+async def test_a_daemon_killed_in_the_switchover(short_tmp_path: Path, host: str) -> None:
+    async with running(short_tmp_path, parameters=LIVELY, proxied=True) as two:
+        migration = await in_switchover(two)
+        names = ["alpha", "beta"] if host == "both" else [host]
+        for name in names:
+            await two.kill_daemon(name)
+        full_speed(two)
+        for name in names:
+            await two.start_daemon(name)
+        await stays_and_moves_again(two, migration, "rolled_back")
+
+
+RECORDS = {
+    "alpha": [("after", "transfer_completed"), ("before", "destination_ran")],
+    "beta": [("before", "incoming_ready"), ("before", "start_ordered"), ("after", "start_ordered")],
+}
+
+
+@pytest.mark.parametrize("role", ["alpha", "beta"])
+async def test_a_daemon_killed_at_a_record_takes_the_migration_up_again(
+    short_tmp_path: Path, role: str
+) -> None:
+    """There and back with one guest, killed at the next record each time."""
+    async with running(short_tmp_path) as two:
+        source, destination = "alpha", "beta"
+        for moves, (when, trigger) in enumerate(RECORDS[role], 1):
+            host = source if role == "alpha" else destination
+            two.hold(host, when, trigger)
+            migration = await two.migrate(source, destination)
+            await two.held(host, when, trigger)
+            await two.kill_daemon(host)
+            two.let_go(host, when, trigger)
+            await two.start_daemon(host)
+            seen = await two.ended(source, migration)
+            assert seen["phase"] == "succeeded", (when, trigger, seen["cause"])
+            await two.only_qemus(1)
+            await two.prove(moves, on=destination)
+            source, destination = destination, source
+
+
+# The road -----------------------------------------------------------------------------------------
+
+
+async def test_a_link_that_is_cut_or_stands_still_gives_the_guest_back(
+    short_tmp_path: Path,
+) -> None:
+    quick = {"alpha": {"migration": "stall_s = 2.0\nswitchover_deadline_s = 2.0\n"}}
+    async with running(short_tmp_path, parameters=LIVELY, proxied=True, settings=quick) as two:
+        assert two.stream is not None
+        migration = await in_precopy(two)
+        two.stream.cut()
+        await stayed(two, migration, "rolled_back", "transfer_failed")
+        migration = await in_precopy(two)
+        two.stream.freeze()
+        await stayed(two, migration, "rolled_back", "link_stalled")
+        two.stream.resume()
+        migration = await in_switchover(two)
+        two.stream.freeze()
+        await stayed(two, migration, "rolled_back", "switchover_timed_out")
+        two.stream.resume()
+        await moves_again(two)
+
+
+async def test_cancelled_in_precopy_and_in_the_switchover(short_tmp_path: Path) -> None:
+    async with running(short_tmp_path, parameters=LIVELY, proxied=True) as two:
+        migration = await in_precopy(two)
+        await two.call("alpha", "POST", f"/v1/migrations/{migration}:cancel")
+        await stayed(two, migration, "cancelled", "cancelled")
+        migration = await in_switchover(two)
+        await two.call("alpha", "POST", f"/v1/migrations/{migration}:cancel")
+        await stays_and_moves_again(two, migration, "cancelled", "cancelled")
+
+
+# Limits -------------------------------------------------------------------------------------------
+
+
+async def test_limits_and_throttle_take_effect_while_it_runs(short_tmp_path: Path) -> None:
+    async with running(short_tmp_path, parameters=LIVELY) as two:
+        migration = await in_precopy(two)
+        await asyncio.sleep(1.0)
+        assert (await two.migration("alpha", migration))["phase"] == "precopy"
+        await hurry(two, migration)
+        seen = await moved(two, migration)
+        assert seen["blackout_ms"] < 2000
+
+
+async def test_a_guest_that_writes_too_fast_is_slowed_or_moved_by_force(
+    short_tmp_path: Path,
+) -> None:
+    async with running(short_tmp_path, parameters=LIVELY) as two:
+        policy: Json = {**SLOW, "when_not_converging": "throttle", "max_throttle_percent": 95}
+        seen = await moved(two, await two.migrate("alpha", "beta", policy=policy))
+        assert seen["progress"]["throttle_percent"] > 0
+        migration = await two.migrate("beta", "alpha", policy=SLOW)
+        await two.phase("beta", migration, "precopy")
+        await two.call("beta", "POST", f"/v1/migrations/{migration}:switchover")
+        seen = await two.ended("beta", migration)
+        assert seen["phase"] == "succeeded", seen["cause"]
+        await two.prove(2, on="alpha")
+
+
+# Processes that misbehave -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "told"),
+    [
+        ("lies", "written while paused"),
+        ("refuses", "I will not stop"),
+        ("is_slow", "did not answer|not answer"),
+        ("is_greedy", "memory"),
+    ],
+)
+async def test_a_source_that_misbehaves_keeps_its_guest(
+    short_tmp_path: Path, behaviour: str, told: str
+) -> None:
+    async with running(short_tmp_path, behaviours={"alpha": behaviour}) as two:
+        migration = await two.migrate("alpha", "beta")
+        seen = await two.ended("alpha", migration)
+        assert seen["phase"] == "rolled_back", seen
+        assert any(word in seen["cause"]["message"] for word in told.split("|")), seen["cause"]
+        if behaviour != "is_greedy":
+            await stays_and_moves_again(two, migration, "rolled_back")
+        else:
+            await two.only_qemus(1)
+            await two.counts_on("alpha")
+
+
+async def test_a_destination_that_does_not_take_the_guest_leaves_it_at_the_source(
+    short_tmp_path: Path,
+) -> None:
+    async with running(short_tmp_path, behaviours={"beta": "breaks"}) as two:
+        migration = await two.migrate("alpha", "beta")
+        seen = await stayed(two, migration, "rolled_back")
+        assert "not to my taste" in seen["cause"]["message"]
+
+
+async def test_a_source_that_loses_its_connection_is_moved_all_the_same(
+    short_tmp_path: Path,
+) -> None:
+    async with running(short_tmp_path, parameters=LIVELY) as two:
+        migration = await in_precopy(two)
+        os.kill(await only_guest(two, "alpha"), signal.SIGUSR1)
+        await asyncio.sleep(0.5)
+        await two.call("alpha", "PATCH", f"/v1/migrations/{migration}/policy", body=FAST)
+        await moved(two, migration)
+
+
+async def test_a_guest_larger_than_the_destination_allows_is_refused(short_tmp_path: Path) -> None:
+    small = {"beta": {"end": "[direct]\nlargest_guest_mib = 32\n"}}
+    async with running(short_tmp_path, settings=small) as two:
+        migration = await two.migrate("alpha", "beta")
+        seen = await two.ended("alpha", migration)
+        assert seen["phase"] == "refused"
+        assert "largest_guest_mib" in seen["refusals"][0]["message"]

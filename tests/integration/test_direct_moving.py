@@ -1,0 +1,37 @@
+"""A process with a guest in it moves between two daemons: nothing is lost, nothing is left."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.integration.direct_fleet import running
+from tests.integration.scenarios import moved
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def open_files(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+async def test_there_and_back_again_and_again_without_a_leak(short_tmp_path: Path) -> None:
+    async with running(short_tmp_path) as two:
+        source, destination = "alpha", "beta"
+        held: list[int] = []
+        for moves in range(1, 7):
+            migration = await two.migrate(source, destination)
+            seen = await two.ended(source, migration)
+            assert seen["phase"] == "succeeded", seen["cause"]
+            await two.only_qemus(1)
+            await two.prove(moves, on=destination)
+            source, destination = destination, source
+            daemons = [host.process for host in two.hosts.values()]
+            held.append(sum(open_files(daemon.pid) for daemon in daemons if daemon is not None))
+        assert held[1] == held[3] == held[5], held
+
+
+async def test_the_stream_is_encrypted_where_it_is_required(short_tmp_path: Path) -> None:
+    async with running(short_tmp_path, tls=True) as two:
+        migration = await two.migrate("alpha", "beta", multifd_channels=3)
+        await moved(two, migration)
