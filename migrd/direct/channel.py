@@ -132,6 +132,7 @@ class Channel:
         self.stall_s = _LINGER_S
         with contextlib.suppress(MigrdError, OSError, ValueError):
             self.send_record(Type.ABORT, wire.abort_body(why.code, why.message))
+        with contextlib.suppress(OSError):  # and after a failed handshake there is TLS' own alert
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
             self._discard(time.monotonic() + _LINGER_S)
 
@@ -251,7 +252,8 @@ class Channel:
         if isinstance(failure, ssl.SSLEOFError | ssl.SSLZeroReturnError):
             return StreamError(f"{self.name} hung up while {doing}")
         if isinstance(failure, ssl.SSLError):
-            why = getattr(failure, "verify_message", "") or failure.reason or failure
+            reason = (failure.reason or str(failure)).replace("_", " ").lower()
+            why = getattr(failure, "verify_message", "") or reason
             return PeerRefused(f"{self.name}: TLS failed while {doing}: {why}", code="tls_refused")
         if doing == "sending":
             self._raise_reason()
