@@ -70,6 +70,7 @@ from migrd.api.models_progress import (
     Refusal,
     Round,
     RoundList,
+    RoundSource,
     TimelineEntry,
 )
 from migrd.api.models_sampling import (
@@ -134,6 +135,7 @@ __all__ = [
     "ResolveRequest",
     "Round",
     "RoundList",
+    "RoundSource",
     "SamplingTrouble",
     "TimelineEntry",
     "TrackerRate",

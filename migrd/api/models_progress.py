@@ -10,9 +10,10 @@ from typing import Annotated, Final, Self
 from pydantic import Field
 
 from migrd.api.wire import At, WireModel, at, exact_ms, finite, ms
-from migrd.core import convergence, facts, migration
+from migrd.core import convergence, facts, harvest_round, migration
 from migrd.core.convergence import Verdict
 from migrd.core.handover import DestinationPhase
+from migrd.core.harvest_round import ReadOutcome, Tracker
 from migrd.core.migration import Mode, WhenNotConverging
 from migrd.core.phases import Phase
 from migrd.engine import service
@@ -192,8 +193,43 @@ class Decision(WireModel):
         )
 
 
+class RoundSource(WireModel):
+    """What one source of dirty pages told in a round."""
+
+    source: str
+    tracker: Tracker
+    """Who saw the writes. iommu, device: DMA. pagemap: a process. vmm: the VMM's own log."""
+    outcome: ReadOutcome
+    """Other than `read`: its log was lost, and all its pages were taken for dirty."""
+    reason: str | None
+    """Why its log was lost."""
+    dirty_pages: int
+    """Pages of 4 KiB that it told of."""
+    dirty_pages_per_s: float | None
+    """Since its previous read."""
+    page_size_bytes: int
+    """What one write makes dirty."""
+    amplification: float
+    """At most so many times too many bytes are told of."""
+    duration_ms: float
+
+    @classmethod
+    def of(cls, read: harvest_round.SourceRead) -> Self:
+        return cls(
+            source=read.source,
+            tracker=read.tracker,
+            outcome=read.outcome,
+            reason=read.reason,
+            dirty_pages=read.dirty_pages,
+            dirty_pages_per_s=finite(read.dirty_pages_per_s),
+            page_size_bytes=read.page_size_bytes,
+            amplification=read.amplification,
+            duration_ms=exact_ms(read.took_s),
+        )
+
+
 class Round(WireModel):
-    """One dirty sync of QEMU and the transfer that led to it."""
+    """One dirty sync of QEMU, or one harvest of migrd, and the transfer that led to it."""
 
     number: int
     elapsed_ms: float
@@ -207,6 +243,8 @@ class Round(WireModel):
     dirty_bytes_per_s: float | None
     bandwidth_bytes_per_s: float | None
     throttle_percent: int
+    sources: tuple[RoundSource, ...]
+    """Where migrd harvests; empty where QEMU does."""
 
     @classmethod
     def of(cls, round_: facts.Round, begun_s: float) -> Self:
@@ -222,6 +260,7 @@ class Round(WireModel):
             dirty_bytes_per_s=None if dirty is None else dirty * round_.page_size_bytes,
             bandwidth_bytes_per_s=finite(round_.bandwidth_bytes_per_s),
             throttle_percent=round_.throttle_percent,
+            sources=tuple(map(RoundSource.of, round_.sources)),
         )
 
 

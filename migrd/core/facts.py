@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
+from migrd.core.harvest_round import SourceRead
 from migrd.core.vm_spec import SpecDevice as SpecDevice
 from migrd.core.vm_spec import VmSpec as VmSpec
 
@@ -216,6 +217,8 @@ class TransferSample:
     stopped_at_s: float | None = None
     """time.monotonic() when this QEMU's STOP event arrived here; None if it has not."""
     resumed_at_s: float | None = None
+    sources: tuple[SourceRead, ...] = ()
+    """What each source told in the last harvest round; empty where the VMM harvests."""
 
     @property
     def is_of_arrival(self) -> bool:
@@ -228,7 +231,7 @@ class TransferSample:
 
 @dataclass(frozen=True)
 class Round:
-    """One dirty sync of QEMU, seen as a harvest round (words: "round")."""
+    """One dirty sync of QEMU, or one harvest of ours, seen as a harvest round (words: "round")."""
 
     number: int
     at_s: float
@@ -243,3 +246,5 @@ class Round:
     bandwidth_bytes_per_s: float | None
     """Measured over the round."""
     throttle_percent: int
+    sources: tuple[SourceRead, ...] = ()
+    """What each told; empty where the VMM harvests. Of rounds seen at once, only the last has it."""

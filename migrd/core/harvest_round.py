@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
-from migrd.core.memory_map import PAGE_BYTES
+PAGE_BYTES: Final = 4096
+"""That of `core.bitmap`, said again: this module is for those that need no bitmap (nor numpy)."""
 
 
 class Tracker(StrEnum):
@@ -13,7 +15,7 @@ class Tracker(StrEnum):
     """An I/O page table (HWPT): DMA through the IOMMU."""
     DEVICE = "device"
     """A device's own log of its DMA."""
-    PROCESS = "process"
+    PROCESS = "pagemap"
     """Write-protected pages of a process: writes by its threads."""
     VMM = "vmm"
     """The VMM's own dirty log, of which only the count is told."""

@@ -6,12 +6,22 @@ from typing import Any
 
 from migrd.core.convergence import Decision, Estimate, Verdict
 from migrd.core.facts import Round
+from migrd.core.harvest_round import ReadOutcome, SourceRead, Tracker
 
 
 def as_round(row: Mapping[str, Any]) -> Round:
     """A round as it was kept; what an older or newer migrd kept besides is left out."""
     known = {field.name for field in fields(Round)}
-    return Round(**{name: value for name, value in row.items() if name in known})
+    kept = {name: value for name, value in row.items() if name in known}
+    return Round(**{**kept, "sources": tuple(map(_as_read, row.get("sources") or ()))})
+
+
+def _as_read(row: Mapping[str, Any]) -> SourceRead:
+    known = {field.name for field in fields(SourceRead)}
+    kept = {name: value for name, value in row.items() if name in known}
+    return SourceRead(
+        **{**kept, "tracker": Tracker(row["tracker"]), "outcome": ReadOutcome(row["outcome"])}
+    )
 
 
 def as_decision(row: Mapping[str, Any]) -> Decision:

@@ -7,7 +7,7 @@ was measured over several is not known of each.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Final
 
 from migrd.core.convergence import Decision
@@ -41,6 +41,7 @@ class RoundCounter:
         ended = min(count - self._count, BURST)
         start = mark or sample
         rounds = [self._round(count - ended + i + 1, ended, start, sample) for i in range(ended)]
+        rounds[-1] = replace(rounds[-1], sources=sample.sources)
         self._count, self._mark = count, sample
         return rounds
 

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from migrd.core.devices import Inventory
 from migrd.core.facts import Round
+from migrd.core.harvest_round import ReadOutcome
 from migrd.engine.rate_views import RateSeen
 from migrd.metrics.daemon import DaemonMetrics
 from migrd.metrics.decisions import DecisionMetrics
@@ -57,8 +58,14 @@ class Metrics:
     def round_recorded(
         self, vm: str, round_: Round, *, tracker: str = "qemu", outcome: str = "ok"
     ) -> None:
-        """One more round of this VM's migration."""
+        """One more round of this VM's migration; of each source, where migrd harvests."""
         self.changes += 1
+        for read in round_.sources:
+            told = "ok" if read.outcome is ReadOutcome.READ else "failed"
+            self.migrations.round_counted(read.tracker.value, read.took_s, told)
+            self.vms.dirtied(vm, read.tracker.value, read.dirty_pages)
+        if round_.sources:
+            return
         self.migrations.round_counted(tracker, round_.duration_s, outcome)
         if round_.dirty_pages_per_s is not None:
             self.vms.dirtied(vm, tracker, round_.dirty_pages_per_s * round_.duration_s)

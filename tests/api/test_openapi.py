@@ -105,7 +105,7 @@ def test_every_quantity_carries_its_unit(document: dict[str, Any]) -> None:
     counted = {"rounds", "vms", "queue_position", "round_number", "postcopy_requests", "devices"}
     counted |= {"measurements", "failures"}
     slots = {f"{way}_{what}" for way in ("outgoing", "incoming") for what in ("slots", "active")}
-    unit = re.compile(r"(_ms|_s|_bytes|_bytes_per_s|_pages_per_s|_percent|_channels)$")
+    unit = re.compile(r"(_ms|_s|_bytes|_pages|_bytes_per_s|_pages_per_s|_percent|_channels)$")
     for name, schema in document["components"]["schemas"].items():
         for field, of in schema.get("properties", {}).items():
             kinds = {of.get("type"), *(choice.get("type") for choice in of.get("anyOf", ()))}

@@ -138,7 +138,7 @@ async def rounds(session: Session, migration_id: str) -> None:
       migrd rounds 5a3c
       migrd rounds 5a3c -o jsonl | jq .remaining_bytes
     """
-    await _list_of(session, migration_id, "rounds", _ROUNDS, _round)
+    await _list_of(session, migration_id, "rounds", _ROUNDS, _round, _sources)
 
 
 @click.command("decisions", short_help="The decisions taken in a migration, and why")
@@ -150,15 +150,35 @@ async def decisions(session: Session, migration_id: str) -> None:
 
 
 async def _list_of(
-    session: Session, given: str, kind: str, columns: tuple[Column, ...], row: Any
+    session: Session,
+    given: str,
+    kind: str,
+    columns: tuple[Column, ...],
+    row: Any,
+    sources: Callable[[Seen], str] = lambda item: "",
 ) -> None:
     id_ = await whole_id(session.client, given)
     body = await every_item(session.client, "migrations", id_, kind)
     if session.printer.is_for_scripts:
         session.printer.json(body)
         return
-    rows = [row(item) for item in Seen(body).parts("items")]
+    items = Seen(body).parts("items")
+    rows = [row(item) for item in items]
+    told = [sources(item) for item in items]
+    if any(told):
+        columns = (*columns, Column("sources", drop=2))
+        rows = [[*cells, one] for cells, one in zip(rows, told, strict=True)]
     session.printer.table(columns, rows, f"no {kind} yet")
+
+
+def _sources(round_: Seen) -> str:
+    """What each source of dirty pages told, where migrd harvests: `ram 120, nic 8 (marked_all)`."""
+    told = []
+    for one in round_.parts("sources"):
+        outcome = one.text("outcome")
+        lost = "" if outcome == "read" else f" ({outcome})"
+        told.append(f"{one.text('source')} {one.text('dirty_pages')}{lost}")
+    return ", ".join(told)
 
 
 def _round(round_: Seen) -> list[Cell]:
