@@ -198,7 +198,7 @@ class HandoffListener:
         try:
             if process.uid not in self._uids:
                 raise NotAuthorized(
-                    f"uid: {process.uid} may not hand over guests; add it to direct.uids, or run "
+                    f"uid: {process.uid} may not hand over guests; add it to direct.allow_uids, or run "
                     "the VMM as another user"
                 )
             hello = _checked_hello(await connection.receive())
