@@ -11,7 +11,19 @@ from migrd.demo.image import Pattern
 
 
 @click.command("demo", short_help="Two hosts on this machine, and a guest that moves")
-@click.option("--memory", "memory_mib", default=256, show_default=True, help="Guest RAM, MiB.")
+@click.option(
+    "--engine",
+    type=click.Choice(["qemu", "direct"]),
+    default="qemu",
+    show_default=True,
+    help="Who moves the memory: QEMU, or migrd itself that of a plain process (no QEMU needed).",
+)
+@click.option(
+    "--memory",
+    "memory_mib",
+    type=int,
+    help="Guest RAM, MiB.  [default: 256, with --engine direct 512]",
+)
 @click.option(
     "--working-set", "working_set_mib", default=96, show_default=True, help="Dirtied part, MiB."
 )
@@ -54,11 +66,18 @@ from migrd.demo.image import Pattern
     help="End what --keep left there, and do nothing else.",
 )
 def demo(
-    pattern: str, no_tls: bool, kept: Path | None, keep: bool, directory: Path | None, **chosen: int
+    pattern: str,
+    no_tls: bool,
+    kept: Path | None,
+    keep: bool,
+    directory: Path | None,
+    engine: str,
+    memory_mib: int | None,
+    **chosen: int,
 ) -> None:
     """Show the main job on this machine.
 
-    Starts two migrd daemons as two hosts on the loopback, boots a small guest of our own on one
+    Starts two migrd daemons as two hosts on the loopback, starts a small guest of our own on one
     of them, moves it live to the other, and proves from outside that it went on: its count has no
     gap, its memory is right byte for byte, and one copy runs. Leaves nothing behind.
     """
@@ -74,5 +93,13 @@ def demo(
             raise click.ClickException(str(exc)) from exc
         console.print("Ended and removed.")
         return
-    plan = Plan(pattern=Pattern(pattern), tls=not no_tls, keep=keep, directory=directory, **chosen)  # type: ignore[arg-type]  # click has checked the types of what is in `chosen`
+    chosen["memory_mib"] = memory_mib or (512 if engine == "direct" else 256)
+    plan = Plan(
+        engine=engine,
+        pattern=Pattern(pattern),
+        tls=not no_tls,
+        keep=keep,
+        directory=directory,
+        **chosen,  # type: ignore[arg-type]  # click has checked the types
+    )
     raise SystemExit(asyncio.run(run(plan, console)))

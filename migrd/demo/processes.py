@@ -41,6 +41,19 @@ def qemus_of(directory: Path) -> list[int]:
     return sorted(found)
 
 
+def guests_of(directory: Path) -> list[int]:
+    """Pids of the processes that were launched to hand over below `directory`. Blocking."""
+    mark = b"MIGRD_SOCKET=" + os.fsencode(directory) + b"/"
+    found = []
+    for entry in PROC.iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and any(
+                word.startswith(mark) for word in (entry / "environ").read_bytes().split(b"\0")
+            ):
+                found.append(int(entry.name))
+    return sorted(found)
+
+
 def verify_memory_of(pid: int, image: GuestImage, memory_bytes: int, directory: Path) -> int:
     """Compare all of the guest's RAM with the prediction; returns the visits it has made.
 

@@ -43,6 +43,7 @@ KEEP_NOTE: Final = "keep.txt"
 class Plan:
     """What the demo was asked to do."""
 
+    engine: str = "qemu"
     memory_mib: int = 256
     working_set_mib: int = 96
     dirty_mib_per_s: float = 20.0
@@ -75,7 +76,7 @@ async def run(plan: Plan, console: Console) -> int:
     except (DemoFailed, OSError) as exc:
         console.print(f"[bold red]The demo cannot begin:[/] {exc}", highlight=False)
         return 1
-    demo = Demo(plan, directory, console)
+    demo = _demo(plan, directory, console)
     done = False
     try:
         code = await demo.run()
@@ -91,6 +92,14 @@ async def run(plan: Plan, console: Console) -> int:
     return code
 
 
+def _demo(plan: Plan, directory: Path, console: Console) -> "Demo":
+    if plan.engine == "direct":
+        from migrd.demo.direct_run import DirectDemo  # which is a Demo
+
+        return DirectDemo(plan, directory, console)
+    return Demo(plan, directory, console)
+
+
 def _make_directory(wanted: Path | None) -> Path:
     """A short path: unix sockets below it may be 107 bytes long."""
     if wanted is None:
@@ -103,6 +112,9 @@ def _make_directory(wanted: Path | None) -> Path:
 
 class Demo:
     """One run of it."""
+
+    what = "QEMU"
+    """What the guest runs in."""
 
     def __init__(self, plan: Plan, directory: Path, console: Console) -> None:
         self._plan = plan
@@ -212,12 +224,15 @@ class Demo:
             await asyncio.wait(tasks)
 
     async def _listen(self, host: Host) -> None:
-        below = host.directory / "run" / "vms"
         while True:
-            found = await in_thread(lambda: sorted(below.glob(f"{VM}/*/serial.log")))
+            found = await in_thread(self._logs, host)
             if found:
                 await self._taps[host.name].follow(found[0])
             await asyncio.sleep(0.005)
+
+    def _logs(self, host: Host) -> list[Path]:
+        """What the guest prints into, on this host. Blocking."""
+        return sorted((host.directory / "run" / "vms").glob(f"{VM}/*/serial.log"))
 
     async def _heartbeats(self, host: Host, count: int) -> None:
         """Wait until the guest has counted so often on this host."""
@@ -231,18 +246,24 @@ class Demo:
     async def _prove(self, alpha: Host, beta: Host, took_s: float) -> None:
         taps = [self._taps[alpha.name], self._taps[beta.name]]
         continuity = prove_continuity(taps, switches=1)
-        pids = await in_thread(processes.qemus_of, self._directory)
+        pids = await in_thread(self._guests)
         if len(pids) != 1:
-            raise ProofFailed(f"{len(pids)} QEMUs run instead of one: pids {pids}")
+            raise ProofFailed(f"{len(pids)} copies run instead of one: {self.what} pids {pids}")
         began_s = time.monotonic()
-        memory_bytes = self._plan.memory_mib * MIB + TCG_EXTRA_KIB * 1024
-        await in_thread(
-            processes.verify_memory_of, pids[0], self._image, memory_bytes, self._directory
-        )
+        await in_thread(self._compare_memory, pids[0])
         compared_s = time.monotonic() - began_s
         async with alpha.client() as client:
             listed = (await client.get("migrations")).seen
         self._report(continuity, pids[0], compared_s, took_s, _newest(listed))
+
+    def _guests(self) -> list[int]:
+        """Pids of what has a guest in it, as the kernel says. Blocking."""
+        return processes.qemus_of(self._directory)
+
+    def _compare_memory(self, pid: int) -> None:
+        """Blocking. Raises ProofFailed."""
+        memory_bytes = self._plan.memory_mib * MIB + TCG_EXTRA_KIB * 1024
+        processes.verify_memory_of(pid, self._image, memory_bytes, self._directory)
 
     def _report(
         self, continuity: Continuity, pid: int, compared_s: float, took_s: float, said: Seen
@@ -261,7 +282,7 @@ class Demo:
             f"{self._plan.memory_mib} MiB compared byte for byte in "
             f"{compared_s:.2f} s: equal to the prediction",
         )
-        table.add_row("copies", f"exactly one QEMU runs (pid {pid}, on beta)")
+        table.add_row("copies", f"exactly one {self.what} runs (pid {pid}, on beta)")
         table.add_row(
             "blackout",
             f"{blackout_ms:.1f} ms seen by the guest "
@@ -315,8 +336,8 @@ def _newest(listed: Seen) -> Seen:
 
 
 def remove(directory: Path) -> None:
-    """End the QEMUs below a demo's directory and remove it. Blocking."""
-    processes.end(processes.qemus_of(directory))
+    """End what has a guest in it below a demo's directory, and remove it. Blocking."""
+    processes.end([*processes.qemus_of(directory), *processes.guests_of(directory)])
     shutil.rmtree(directory, ignore_errors=True)
 
 
