@@ -198,8 +198,8 @@ class HandoffListener:
         try:
             if process.uid not in self._uids:
                 raise NotAuthorized(
-                    f"uid: {process.uid} may not hand over guests; add it to direct.allow_uids, or run "
-                    "the VMM as another user"
+                    f"uid: {process.uid} may not hand over guests; add it to direct.allow_uids, or "
+                    "run the VMM as another user"
                 )
             hello = _checked_hello(await connection.receive())
             if hello.state is not ClientState.INCOMING:
