@@ -47,9 +47,9 @@ async def judge(
 ) -> tuple[Preflight, VmFacts | None, HostProfile | None]:
     """Ask both sides and compare. Raises VmmDied; everything else becomes a refusal."""
     spec = candidate.spec
-    facts, profile, digest = await asyncio.gather(
+    profile, facts, digest = await asyncio.gather(
+        _destination(peer, with_addresses(spec, request.destination_devices)),  # takes longest
         _source(candidate.vmm),
-        _destination(peer, with_addresses(spec, request.destination_devices)),
         _digest(world, candidate),
         return_exceptions=True,
     )

@@ -6,13 +6,14 @@ answered with how things stand.
 
 import asyncio
 import contextlib
+from dataclasses import dataclass, field
 from typing import Final
 
 from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
 from migrd.core.handover import DestinationPhase, DestinationState
 from migrd.core.migration import Mode
 from migrd.core.standing import StandingDecision
-from migrd.core.tracking import Migratability
+from migrd.core.tracking import Migratability, Plan
 from migrd.engine.boot import new_instance
 from migrd.engine.decisions import Decided, bare
 from migrd.engine.incoming import Incoming
@@ -27,6 +28,18 @@ DISCARD_S: Final = 5.0
 GRANT_ANSWER_S: Final = 2.0
 PREFLIGHT_PROBE_S: Final = 3.0
 """So long devices are waited for before a plan is made without their answers."""
+
+
+@dataclass
+class _Seen:
+    """What preflight has found out about a VM that may come."""
+
+    qemu_version: str | None = None
+    features: frozenset[str] = frozenset()
+    digest: str | None = None
+    """Of what the guest would see; None when its QEMU would not be started."""
+    plan: Plan | None = None
+    refusals: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Reception:
@@ -55,43 +68,51 @@ class Reception:
     async def preflight(self, source: str, vm: VmSpec) -> HostProfile:
         """What the source needs to know; changes nothing."""
         world, migrations = self._world, self._migrations
-        refusals: list[tuple[str, str]] = []
-        version, digest, decided = None, None, None
-        features: frozenset[str] = frozenset()
-        try:
-            if vm.profile is not None:  # else the source says so: there is nothing to look at
-                await in_thread(world.launcher.check, bare(vm))
-                version, found = await world.launcher.probe(bare(vm))
-                features = frozenset(feature.value for feature in found)
-                decided = await self._decided(vm)
-                digest = await self._digest(vm, decided)
-        except MigrdError as exc:
-            refusals.append((exc.code, exc.message))
-        if decided is not None:
-            refusals += [(violation.code, violation.message) for violation in decided.own]
         options = world.options
-        migrations.vms.note_epoch(vm.name, await world.journal.last_epoch(vm.name))
+        seen, memory_bytes, last_epoch = await asyncio.gather(
+            self._look_at(vm), memory_available_bytes(), world.journal.last_epoch(vm.name)
+        )
+        migrations.vms.note_epoch(vm.name, last_epoch)
         return HostProfile(
             host=options.host,
             migrd_version=options.migrd_version,
             protocol=PEER_PROTOCOL,
-            qemu_version=version,
-            features=features,
-            launch_digest=digest,
+            qemu_version=seen.qemu_version,
+            features=seen.features,
+            launch_digest=seen.digest,
             incoming_slots_free=options.incoming_slots - migrations.incoming_active,
-            memory_available_bytes=await memory_available_bytes(),
+            memory_available_bytes=memory_bytes,
             vm_present=self._is_present(vm.name),
             last_epoch=migrations.vms.last_epoch(vm.name),
             tls=options.tls is not None,
-            refusals=tuple(refusals),
-            plan=None if decided is None else decided.plan,
+            refusals=tuple(seen.refusals),
+            plan=seen.plan,
         )
 
-    async def _decided(self, vm: VmSpec) -> Decided | None:
-        """About its passthrough devices, from this host's facts; None: it has none. Devices that
-        nobody has asked yet are asked, for a moment: else little could be said of them."""
-        if not vm.devices:
-            return None
+    async def _look_at(self, vm: VmSpec) -> _Seen:
+        """Raises nothing: what is wrong becomes a refusal."""
+        launcher, seen = self._world.launcher, _Seen()
+        if vm.profile is None:  # the source says so: there is nothing to look at
+            return seen
+        try:
+            digest = await in_thread(launcher.check, bare(vm))
+            seen.qemu_version, found = await launcher.probe(bare(vm))
+            seen.features = frozenset(feature.value for feature in found)
+            if not vm.devices:
+                seen.digest = digest
+                return seen
+            decided = await self._decided(vm)
+            seen.plan = decided.plan
+            seen.refusals += [(violation.code, violation.message) for violation in decided.own]
+            if not decided.own and decided.plan.launch is not None:
+                seen.digest = await in_thread(launcher.check, vm, decided.plan.launch)
+        except MigrdError as exc:
+            seen.refusals.append((exc.code, exc.message))
+        return seen
+
+    async def _decided(self, vm: VmSpec) -> Decided:
+        """About its passthrough devices, from this host's facts. Devices that nobody has asked yet
+        are asked, for a moment: else little could be said of them."""
         decisions = self._migrations.decisions
         try:
             async with asyncio.timeout(PREFLIGHT_PROBE_S):
@@ -99,14 +120,6 @@ class Reception:
         except (TimeoutError, Unavailable):
             pass  # what was not answered is unknown, and the plan says so
         return await decisions.decide(vm, await decisions.circumstances(vm))
-
-    async def _digest(self, vm: VmSpec, decided: Decided | None) -> str | None:
-        """Of what the guest would see; None when its QEMU would not be started."""
-        check = self._world.launcher.check
-        if decided is None:
-            return await in_thread(check, vm)
-        told = None if decided.own else decided.plan.launch
-        return None if told is None else await in_thread(check, vm, told)
 
     def _is_present(self, name: str) -> bool:
         """A VM of this name is here, or its QEMU is, whatever it does."""
