@@ -47,7 +47,7 @@ from migrd.qemu.instances import (
 from migrd.qemu.machine import Machine
 from migrd.qemu.passthrough import KnownDevices
 from migrd.qemu.probe import Probed, Prober
-from migrd.qemu.profile import Resolved
+from migrd.qemu.profile import LaunchProfile, Resolved
 from migrd.qemu.profile_files import Profiles
 from migrd.qemu.qmp import DEFAULT_DEADLINE_S, CallObserver
 from migrd.qemu.starting import (
@@ -122,8 +122,16 @@ class QemuLauncher:
         return (await self._probe(spec)).vfio_features
 
     async def _probe(self, spec: VmSpec, devices: VfioLaunch | None = None) -> Probed:
-        profile = (await in_thread(self._resolve, spec, devices=devices)).profile
+        profile, known = await in_thread(self._recall, spec, devices)
+        if known is not None:
+            return known
         return await self._prober.ask(profile.binary, profile.accelerator, profile.environment)
+
+    def _recall(
+        self, spec: VmSpec, devices: VfioLaunch | None
+    ) -> tuple[LaunchProfile, Probed | None]:
+        profile = self._resolve(spec, devices=devices).profile
+        return profile, self._prober.recall(profile.binary)
 
     async def versions(self) -> Mapping[str, str | None]:
         """QEMU's version for each profile, for people; None where it cannot be asked."""
@@ -174,6 +182,7 @@ class QemuLauncher:
                 record, probed = await in_thread(self._spawn, start, started)
             known = self._hold(at, spec, watched(started.pop()), record, probed)
             await verify_started(known, at, incoming=incoming, within_s=self._start_deadline_s)
+            known.machine.is_new = True
             self._known[key] = known  # before it is no longer `launching`: `find` looks in a thread
         except BaseException as cause:
             self._locked_bytes.pop(key, None)

@@ -105,6 +105,8 @@ class Machine:
         self.oob = Monitor(oob_path, observe=observe) if oob_path is not None else None
         self._offer = Offer(self.monitor, expected)
         self._feeds: set[QemuFeed] = set()
+        self.is_new = False
+        """Started by this daemon, and nobody has told it anything yet; its launcher says so."""
         self._seen = Seen()
         self.devices = devices if devices is not None else KnownDevices()
         lane = Lane(self._ask, self._send_fd, self.monitor.subscribe)
@@ -242,7 +244,10 @@ class Machine:
         ports: PortRange | None = None,
     ) -> TransferAddress:
         schema = await self.schema()
-        port = await prepare_to_listen(self._ask, schema, settings, tls, listen_host, ports)
+        is_new, self.is_new = self.is_new, False  # also when it goes wrong
+        port = await prepare_to_listen(
+            self._ask, schema, settings, tls, listen_host, ports, is_new=is_new
+        )
         return TransferAddress(listen_host, port)
 
     async def set_limits(

@@ -61,8 +61,11 @@ async def prepare(
     tls: TlsIdentity | None,
     *,
     is_outgoing: bool,
+    is_new: bool = False,
 ) -> None:
     """Capabilities, TLS objects and parameters for one side. May be repeated.
+
+    `is_new`: nobody has made objects in this QEMU, so none are taken away first.
 
     Raises VmmRefused: `feature_missing`, `tls_identity_missing` (never a silent plain stream), or
     QEMU's own words.
@@ -74,8 +77,9 @@ async def prepare(
     states = migration.capabilities(schema, settings)
     commands: list[tuple[str, Arguments]] = [
         ("migrate-set-capabilities", migration.capability_list(states)),
-        *(("object-del", {"id": id_}) for id_ in OUR_OBJECTS),  # credentials may be new ones
     ]
+    if not is_new:  # credentials may be new ones
+        commands += [("object-del", {"id": id_}) for id_ in OUR_OBJECTS]
     if settings.tls and tls is not None:
         objects = migration.tls_objects(schema, settings, tls.directory, is_outgoing=is_outgoing)
         commands += [("object-add", arguments) for arguments in objects]
@@ -91,22 +95,31 @@ async def prepare_to_listen(
     tls: TlsIdentity | None,
     listen_host: str,
     ports: PortRange | None,
+    *,
+    is_new: bool = False,
 ) -> int:
     """`prepare` a destination and let it listen; the port. May be repeated.
 
+    `is_new`: it was started for this, and nobody has told it anything yet. Otherwise it is asked
+    first: an earlier call may have done it, and its answer was lost.
+
     Raises as `prepare`; VmmRefused (`no_port`) when it does not say where it listens.
     """
-    migrate = await ask("query-migrate")
-    has_had_its_one = samples.read_status(migrate) not in _BEFORE_THE_END
-    port = None if has_had_its_one else samples.read_port(migrate)
+    port = None if is_new else await _port_of_earlier_call(ask)
     if port is not None:
-        return port  # an earlier call has done it, and its answer was lost
-    await prepare(ask, schema, settings, tls, is_outgoing=False)
+        return port
+    await prepare(ask, schema, settings, tls, is_outgoing=False, is_new=is_new)
     arguments: dict[str, object] = {"uri": migration.listen_uri(listen_host, ports)}
     if Feature.INCOMING_EXIT_ON_ERROR in schema.features:
         arguments["exit-on-error"] = False  # stay, and say why it failed
     _, chosen = await asyncio.gather(ask("migrate-incoming", arguments), listening_port(ask))
     return chosen
+
+
+async def _port_of_earlier_call(ask: Ask) -> int | None:
+    migrate = await ask("query-migrate")
+    has_had_its_one = samples.read_status(migrate) not in _BEFORE_THE_END
+    return None if has_had_its_one else samples.read_port(migrate)
 
 
 async def listening_port(ask: Ask) -> int:
