@@ -156,13 +156,12 @@ class Incoming(IncomingRecord):
     async def _receive(self) -> None:
         vmm = self._living()
         async with vmm.feed() as feed:
-            sample: TransferSample | None = await vmm.sample()
             while True:
+                sample = await self._next_sample(feed.newer(within_s=TICK_S))
                 if sample is not None and await self._received(sample):
                     return
                 if self._wanted_refusal is not None or await self._given_up("receiving"):
                     return
-                sample = await self._next_sample(feed.newer(within_s=TICK_S))
 
     async def _received(self, sample: TransferSample) -> bool:
         moved = self.sample is None or sample.transferred_bytes != self.sample.transferred_bytes

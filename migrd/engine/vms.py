@@ -24,6 +24,8 @@ log = structlog.get_logger(__name__)
 REFRESH_FACTS_S: Final = 60.0
 STAGGER: Final = 97
 """A prime: VMs are asked spread over the interval, not all at once."""
+ARRIVED_S: Final = 0.005
+"""A VM whose run state is known has just come: the source hears of it before it is looked at."""
 
 
 @dataclass
@@ -154,6 +156,8 @@ class VmTable:
 
     async def _watch(self, entry: Entry, vmm: Vmm) -> None:
         interval_s = self._world.options.watch_interval_s
+        if entry.run_state is not RunState.UNKNOWN:
+            await asyncio.sleep(ARRIVED_S)
         await self.look(entry)
         await asyncio.sleep(interval_s * (hash(entry.spec.name) % STAGGER) / STAGGER)
         while not vmm.is_dead:
