@@ -134,7 +134,19 @@ def test_an_old_python_is_refused_by_name(machine: Machine) -> None:
 
 def test_a_wrong_argument_shows_the_usage(machine: Machine) -> None:
     done = machine.set_up("--nonesuch")
-    assert (done.returncode, done.stderr) == (2, "usage: sh deploy/setup [--tests]\n")
+    usage = "usage: sh deploy/setup [--tests | --without-qemu]\n"
+    assert (done.returncode, done.stderr) == (2, usage)
+
+
+def test_the_direct_engine_needs_no_qemu_and_no_root(machine: Machine) -> None:
+    machine.with_fake_environments()
+    for tool in ("qemu-system-x86_64", "as", "ld"):
+        (machine.bin / tool).unlink()
+    machine.command("id", "echo 1000")
+    assert machine.set_up().returncode == 1
+    done = machine.set_up("--without-qemu")
+    assert done.returncode == 0, done.stderr
+    assert machine.installed() == ["requirements.lock", "."]
 
 
 def test_the_environment_is_made_once_and_again_only_when_a_lock_changes(
