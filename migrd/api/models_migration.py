@@ -25,6 +25,7 @@ from migrd.api.wire import (
     Name,
     Text,
     WireModel,
+    finite,
     ms,
     seconds,
 )
@@ -247,6 +248,14 @@ class Plan(WireModel):
     features_missing: Mapping[str, tuple[str, ...]]
     """`source` and `destination`: the features that their QEMU lacks."""
     predicted_total_ms: float | None
+    """As the VM was measured last, by what the newest migration away from here got of the link
+    (or the policy's limit). null: not known, or it would not end."""
+    predicted_blackout_ms: float | None
+    predicted_converges: bool | None
+    """false: throttling, postcopy or a longer blackout would be needed."""
+    dirty_bytes_per_s: float | None
+    """By the guest's CPUs, measured last, outside of a migration."""
+    dirty_rate_age_ms: float | None
 
     @classmethod
     def of(cls, view: service.PlanView) -> Self:
@@ -264,4 +273,8 @@ class Plan(WireModel):
             mode_choices=tuple(view.mode_choices),
             features_missing={side: tuple(names) for side, names in view.features_missing.items()},
             predicted_total_ms=ms(view.predicted_total_s),
+            predicted_blackout_ms=ms(view.predicted_blackout_s),
+            predicted_converges=view.predicted_converges,
+            dirty_bytes_per_s=finite(view.dirty_bytes_per_s),
+            dirty_rate_age_ms=ms(view.dirty_rate_age_s),
         )

@@ -64,7 +64,7 @@ class Migrations:
         self.vms = vms
         self.starts = starts
         self.decisions = starts.decisions
-        self.decisions.bandwidth_bytes_per_s = self._bandwidth_bytes_per_s
+        self.decisions.bandwidth_bytes_per_s = self.bandwidth_bytes_per_s
         self._group = group
         self.outgoing: dict[str, Outgoing] = {}
         self.incoming: dict[str, Incoming] = {}
@@ -110,7 +110,7 @@ class Migrations:
     def incoming_active(self) -> int:
         return sum(1 for i in self.incoming.values() if not i.is_over)
 
-    def _bandwidth_bytes_per_s(self) -> float | None:
+    def bandwidth_bytes_per_s(self) -> float | None:
         """What the newest migration away from here got; None: there was none."""
         for m in reversed(self.outgoing.values()):
             if m.rounds and (measured := m.rounds[-1].bandwidth_bytes_per_s):

@@ -23,6 +23,7 @@ from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Cause, Policy, Refusal, Request, begin
 from migrd.core.phases import Phase, Trigger
 from migrd.engine import views
+from migrd.engine.foresight import foresee
 from migrd.engine.host import HostFacts
 from migrd.engine.incoming import Incoming
 from migrd.engine.lifecycle import Lifecycle
@@ -158,6 +159,12 @@ class Registry:
             return await self._what_ifs.here(entry, question)
         entry, vmm, peer = self._parties(question.move, question.devices)
         view = await self._what_ifs.there(entry, question, vmm, peer)
+        view = foresee(
+            view,
+            self._sampler.view(question.vm).trackers,
+            question.move.policy,
+            self._migrations.bandwidth_bytes_per_s(),
+        )
         active = self._migrations.active_of(question.vm)
         if active is None:
             return view

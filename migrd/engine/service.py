@@ -239,6 +239,13 @@ class PlanView:
     features_missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """"source"/"destination" -> features that QEMU lacks."""
     predicted_total_s: float | None = None
+    """The three predictions: as the VM was measured last, by what the newest migration away from
+    here got of the link; None: not known."""
+    predicted_blackout_s: float | None = None
+    predicted_converges: bool | None = None
+    dirty_bytes_per_s: float | None = None
+    """By the guest's CPUs, measured last; None: not known."""
+    dirty_rate_age_s: float | None = None
     decision: StandingDecision | None = None
     """About its passthrough devices, as it would be; None: it has none."""
     plan_there: Plan | None = None

@@ -93,6 +93,9 @@ async def test_a_dry_run_answers_with_the_plan_and_begins_nothing(api: Api, quer
     assert got.status == 200
     assert got.json["possible"] is True
     assert got.json["predicted_total_ms"] == 2500.0
+    assert got.json["predicted_blackout_ms"] == 100.0
+    assert got.json["predicted_converges"] is True
+    assert got.json["dirty_rate_age_ms"] == 3000.0
     assert got.json["features_missing"]["destination"] == ["switchover_ack"]
     assert not api.service.known
 

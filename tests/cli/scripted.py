@@ -151,6 +151,10 @@ class Scripted(ScriptedDevices):
             mode_choices=(Mode.PRECOPY, Mode.POSTCOPY),
             features_missing={"destination": ("switchover_ack",)},
             predicted_total_s=self.memory_bytes / self.bandwidth,
+            predicted_blackout_s=0.4,
+            predicted_converges=request.destination != "host-never",
+            dirty_bytes_per_s=self.dirty_rate,
+            dirty_rate_age_s=12.0,
         )
 
     async def create_migration(

@@ -100,6 +100,14 @@ def test_a_watch_tells_each_measurement_once(daemon: Daemon) -> None:
         assert list(lines) == []
 
 
+def test_a_plan_tells_what_the_last_measurement_foretells(run: Run) -> None:
+    shown = run("plan", "web1", "host-b").stdout
+    assert "400 MiB/s, measured 12.0 s ago" in shown
+    assert "stands still for about" in shown
+    assert "400 ms" in shown
+    assert "would not converge" in run("plan", "web1", "host-never").stdout
+
+
 def test_a_script_can_read_the_working_set(run: Run) -> None:
     seen = parsed(run("rates", "web1", "-o", "json"))
     cpu = next(each for each in seen["trackers"] if each["tracker"] == "qemu")

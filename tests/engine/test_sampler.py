@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from migrd.core.migration import Policy, Request
 from migrd.core.phases import Phase
 from migrd.core.rate_history import BYTES
 from migrd.core.rate_reading import MIB, MeasuredRate, RateMode, Tracker, headline
@@ -420,3 +421,29 @@ async def test_a_source_that_hangs_ends_with_the_daemon() -> None:
         qemu_of(pair).meter.is_stuck = True
         await asyncio.sleep(INTERVAL_S + PATIENCE_S / 2)
         assert len(qemu_of(pair).meter.begun) >= 1
+
+
+# ---------------------------------------------------------------------------------- foresight
+
+
+async def test_a_plan_foretells_what_the_last_measurement_says() -> None:
+    """Memory of 512 MiB by a link of 200 MiB/s, 64 MiB/s written over 96 MiB."""
+    async with pair_of(pages=1 << 18) as pair:
+        policy = Policy(downtime_limit_s=0.3, max_bandwidth_bytes_per_s=200 * MIB)
+        request = Request(VM, "beta", policy=policy)
+        before = await pair.alpha.service.plan(request)
+        assert (before.dirty_bytes_per_s, before.predicted_total_s) == (None, None)
+        await sampled(pair)
+        plan = await pair.alpha.service.plan(request)
+        assert plan.dirty_bytes_per_s == pytest.approx(46 * MIB, rel=0.1)
+        assert plan.dirty_rate_age_s is not None
+        assert plan.dirty_rate_age_s < 5
+        assert plan.predicted_converges is True
+        assert plan.predicted_blackout_s is not None
+        assert plan.predicted_blackout_s <= 0.3
+        assert plan.predicted_total_s is not None
+        assert 512 / 200 < plan.predicted_total_s < 2 * 512 / 200
+        slow = Policy(downtime_limit_s=0.1, max_bandwidth_bytes_per_s=20 * MIB)
+        never = await pair.alpha.service.plan(replace(request, policy=slow))
+        assert never.predicted_converges is False
+        assert never.predicted_total_s is None

@@ -395,6 +395,10 @@ class FakeService(FakeRates):
             mode_choices=(Mode.PRECOPY, Mode.POSTCOPY),
             features_missing={"source": (), "destination": ("switchover_ack",)},
             predicted_total_s=2.5,
+            predicted_blackout_s=0.1,
+            predicted_converges=True,
+            dirty_bytes_per_s=1e6,
+            dirty_rate_age_s=3.0,
             decision=self._require_vm(request.vm).decision,
         )
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+from rich.text import Text
 
 from migrd.cli import story
 from migrd.cli.client import path
@@ -15,7 +16,7 @@ from migrd.cli.printing import Cell
 from migrd.cli.request import how_options, move_request
 from migrd.cli.running import Session, remote
 from migrd.cli.seen import Seen
-from migrd.cli.text import size, span, word
+from migrd.cli.text import rate, size, span, word
 
 
 @click.command("plan", short_help="Say what a start or a migration would meet; changes nothing")
@@ -90,11 +91,30 @@ def _print_plan(session: Session, seen: Seen, possible: bool) -> None:
         print_decision(printer, there)
 
 
+def _dirty_rate(seen: Seen) -> str:
+    found, age_s = seen.number("dirty_bytes_per_s"), seen.seconds("dirty_rate_age")
+    if found is None:
+        return ""
+    return rate(found) if age_s is None else f"{rate(found)}, measured {span(age_s)} ago"
+
+
+def _blackout(seen: Seen) -> Cell:
+    blackout_s = seen.seconds("predicted_blackout")
+    if blackout_s is None:
+        return ""
+    if seen.flag("predicted_converges") is False:
+        text = f"{span(blackout_s)}: it would not converge to the limit as it writes now"
+        return Text(text, "yellow")
+    return span(blackout_s)
+
+
 def _print_move(session: Session, seen: Seen) -> None:
     printer, missing = session.printer, seen.part("features_missing")
     facts: list[tuple[str, Cell]] = [
         ("  memory", size(seen.number("memory_bytes"))),
+        ("  gets dirty at", _dirty_rate(seen)),
         ("  takes about", span(seen.seconds("predicted_total"))),
+        ("  stands still for about", _blackout(seen)),
         ("  can move by", ", ".join(word(mode) for mode in seen.words("mode_choices"))),
         ("  source's QEMU lacks", ", ".join(missing.words("source"))),
         ("  destination's QEMU lacks", ", ".join(missing.words("destination"))),

@@ -216,6 +216,8 @@ def _set(found: Seen) -> str:
     value = found.number("set_bytes")
     if low == UNKNOWN:
         return ""
+    if value is None and not found.number("set_low_bytes"):
+        return "not known: too little was seen to be written"
     return _between(low, high) if value is None else f"{size(value)} ({_between(low, high)})"
 
 
@@ -287,9 +289,9 @@ def _news(tracker: Seen) -> Text:
     if found is None:
         return Text.assemble(head, (_rate(tracker) or "not known", "dim"))
     line = f"{head}{_rate(tracker)}"
-    whole = _set(tracker.part("working_set"))
-    known = whole and not whole.startswith("not known")
-    return Text(f"{line}, working set {whole}" if known else line)
+    found_set = tracker.part("working_set")
+    is_known = found_set.number("set_bytes") is not None
+    return Text(f"{line}, working set {_set(found_set)}" if is_known else line)
 
 
 # The past -----------------------------------------------------------------------------------------
