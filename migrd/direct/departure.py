@@ -28,26 +28,23 @@ restarted ends the transfer.
 import asyncio
 import contextlib
 import os
-import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Final
 
 import structlog
 
 from migrd.core.bitmap import DirtyBitmap
-from migrd.core.facts import QemuStatus, RunState, TransferAddress, TransferSample, TransferSettings
-from migrd.core.harvest_round import HarvestRound
+from migrd.core.facts import QemuStatus, RunState, TransferSample
 from migrd.core.memory_map import PAGE_BYTES
 from migrd.direct.devices import SourceDevices
+from migrd.direct.figures import Figures, Limits, Road
 from migrd.direct.guest import RECONNECT_S, Guest
 from migrd.direct.handoff import HandedOver
 from migrd.direct.manifest import Manifest
 from migrd.direct.messages import ClientState
 from migrd.direct.parts import KernelParts
 from migrd.direct.sender import Sender
-from migrd.direct.stream_limits import StreamLimits
 from migrd.engine.dirty_ports import OnLoss
 from migrd.engine.harvest import Harvest
 from migrd.engine.threads import in_thread
@@ -58,50 +55,11 @@ LEAST_ROUND_S: Final = 0.02
 """Rounds that find nothing to send are no reason to spin."""
 PAUSE_S: Final = 5.0
 RESUME_TRIES: Final = 3
-WORTH_MEASURING_BYTES: Final = 1 << 20
-ENDED: Final = frozenset({QemuStatus.COMPLETED, QemuStatus.FAILED, QemuStatus.CANCELLED})
+GONE: Final = frozenset({QemuStatus.FAILED, QemuStatus.CANCELLED})
+"""The numbers of a transfer that did not happen are nobody's."""
+ENDED: Final = GONE | {QemuStatus.COMPLETED}
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Road:
-    """Where the guest goes, and how."""
-
-    address: TransferAddress
-    settings: TransferSettings
-    tls: ssl.SSLContext | None
-    channels: int
-    stream: StreamLimits
-
-
-@dataclass
-class Limits:
-    """As they are now; they change while it goes on."""
-
-    downtime_s: float
-    bandwidth_bytes_per_s: int
-    """0: none."""
-    assumed_bandwidth_bytes_per_s: int | None = None
-    """For the switchover, where the engine knows better than the last measurement."""
-
-
-@dataclass
-class _Figures:
-    """What has been seen so far."""
-
-    began_s: float
-    setup_s: float | None = None
-    rounds: int = 0
-    last_round: HarvestRound | None = None
-    pending_pages: int = 0
-    bandwidth_bytes_per_s: float | None = None
-    device_bytes: int = 0
-    device_seconds: float = 0.0
-    throttle_percent: int = 0
-    stopped_at_s: float | None = None
-    resumed_at_s: float | None = None
-    ended_s: float | None = None
 
 
 class Departure:
@@ -116,7 +74,7 @@ class Departure:
         settings = road.settings
         self.limits = Limits(settings.downtime_limit_s, settings.max_bandwidth_bytes_per_s)
         self._guest, self._road, self._parts, self._tell = guest, road, parts, tell
-        self._seen = _Figures(time.monotonic())
+        self._seen = Figures(time.monotonic())
         self._continued = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._stop_as: tuple[QemuStatus, str | None] | None = None
@@ -174,38 +132,20 @@ class Departure:
 
     def sample(self, run_state: RunState) -> TransferSample:
         """As it stands now."""
-        seen, sender = self._seen, self._sender
         sample = TransferSample(
             time.monotonic(),
             self.status,
             run_state,
             error=self.error,
-            stopped_at_s=seen.stopped_at_s,
-            resumed_at_s=seen.resumed_at_s,
+            stopped_at_s=self._seen.stopped_at_s,
+            resumed_at_s=self._seen.resumed_at_s,
         )
-        if sender is None or self._harvest is None:
+        if self._sender is None or self._harvest is None or self.status in GONE:
             return sample
-        if self.status in (QemuStatus.FAILED, QemuStatus.CANCELLED):
-            return sample
-        progress = sender.progress
-        pending = max(seen.pending_pages, progress.remaining_pages)
-        last = seen.last_round
-        return replace(
-            sample,
-            total_bytes=self._harvest.memory.bytes,
-            remaining_bytes=pending * PAGE_BYTES,
-            transferred_bytes=progress.transferred_bytes,
-            dirty_pages_per_s=None if last is None else last.dirty_pages_per_s,
-            page_size_bytes=PAGE_BYTES,
-            qemu_dirty_sync_count=seen.rounds,
-            bandwidth_bytes_per_s=progress.bandwidth_bytes_per_s,
-            expected_downtime_s=self._blackout_s(pending),
-            downtime_s=_between(seen.stopped_at_s, seen.ended_s),
-            setup_time_s=seen.setup_s,
-            total_time_s=(seen.ended_s or sample.at_s) - seen.began_s,
-            throttle_percent=seen.throttle_percent,
-            device_transferred_bytes=seen.device_bytes if self._devices else None,
-            device_states=_words(self._devices),
+        states = None if self._devices is None else self._devices.states
+        memory_bytes = self._harvest.memory.bytes
+        return self._seen.in_numbers(
+            sample, self._sender.progress, self.limits, memory_bytes, states
         )
 
     # The one task -----------------------------------------------------------------------------
@@ -321,10 +261,7 @@ class Departure:
             sent = await self._the_sender.send(harvest.pending, stable=stable)
         finally:
             seen.pending_pages = await in_thread(harvest.pending.count)
-        if sent.took_s > 0 and (
-            sent.bytes_on_wire >= WORTH_MEASURING_BYTES or seen.bandwidth_bytes_per_s is None
-        ):
-            seen.bandwidth_bytes_per_s = sent.bytes_on_wire / sent.took_s
+        if seen.note_sent(sent):
             self.limits.assumed_bandwidth_bytes_per_s = None
 
     async def _read_sources(self) -> None:
@@ -358,15 +295,8 @@ class Departure:
             )
 
     def _fits(self, pages: int) -> bool:
-        blackout_s = self._blackout_s(pages)
+        blackout_s = self._seen.blackout_s(pages, self.limits)
         return blackout_s is not None and blackout_s <= self.limits.downtime_s
-
-    def _blackout_s(self, pages: int) -> float | None:
-        """What the transfer itself would take now; None: nothing was measured yet."""
-        bandwidth = self.limits.assumed_bandwidth_bytes_per_s or self._seen.bandwidth_bytes_per_s
-        if bandwidth is None:
-            return None
-        return pages * PAGE_BYTES / max(1.0, bandwidth) + self._seen.device_seconds
 
     def _limit_bandwidth(self) -> None:
         if self._sender is not None and self.status in (QemuStatus.SETUP, QemuStatus.ACTIVE):
@@ -376,7 +306,9 @@ class Departure:
         sender = self._sender
         if sender is None or self.status is not QemuStatus.ACTIVE:
             return
-        if self._fits(sender.progress.remaining_pages):
+        progress = sender.progress
+        self._seen.note_progress(progress)
+        if self._fits(progress.remaining_pages):
             sender.break_round()
 
     async def _tick(self) -> None:
@@ -446,15 +378,3 @@ class Departure:
 
 def _sentence(failure: Exception) -> str:
     return failure.message if isinstance(failure, MigrdError) else str(failure)
-
-
-def _between(start_s: float | None, end_s: float | None) -> float | None:
-    return None if start_s is None or end_s is None else end_s - start_s
-
-
-def _words(devices: SourceDevices | None) -> tuple[tuple[str, str], ...]:
-    states = {} if devices is None else devices.states
-    return tuple(
-        (id_, "unknown" if state is None else state.name.lower().replace("_", "-"))
-        for id_, state in sorted(states.items())
-    )

@@ -18,12 +18,10 @@ to wait for a guest, MIGRD_INCOMING=1.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +30,7 @@ from migrd.core.vfio_launch import QemuVfioFeature, VfioLaunch
 from migrd.direct.guest import About
 from migrd.direct.handoff import HandedOver
 from migrd.direct.instances import OUTPUT, Found, Instance, LaunchRecord, examine
+from migrd.direct.known import Known, adopted_record, end_failed, first_connect, note_adopted
 from migrd.direct.messages import ClientState
 from migrd.direct.parts import KernelParts
 from migrd.direct.profile import Resolved
@@ -44,45 +43,19 @@ from migrd.errors import (
     Invalid,
     MigrdError,
     Violation,
-    VmmDied,
-    VmmError,
-    VmmTimedOut,
     VmmUnreachable,
 )
 from migrd.processes.ending import to_the_end
-from migrd.processes.instance import NAME, lock_says
-from migrd.processes.process import Life, ProcessIdentity, WatchedProcess, identify
+from migrd.processes.instance import NAME
+from migrd.processes.process import Life, WatchedProcess, identify
 from migrd.processes.spawn import Child, Inheritance, Wording, spawn
 
 START_DEADLINE_S: Final = 30.0
-FIRST_CONNECT_S: Final = 2.0
-"""How long `find` waits for those it has found: a client tries again at least once a second."""
-END_DEADLINE_S: Final = 10.0
-EXIT_FOLLOWS_S: Final = 0.25
-_REST_LOOKS: Final = 100
-_REST_PAUSE_S: Final = 0.01
 
 log = logging.getLogger(__name__)
 
 Key = tuple[str, str]
 """VM, instance."""
-
-
-@dataclass
-class Known:
-    """A process that the launcher holds."""
-
-    vmm: DirectVmm
-    process: WatchedProcess
-    spec: VmSpec
-    at: Instance
-    is_adopted: bool
-    has_output: bool = False
-
-    async def close(self) -> None:
-        """End our transfers and stop watching; the process goes on."""
-        await self.vmm.close()
-        self.process.close()
 
 
 class DirectLauncher:
@@ -206,7 +179,8 @@ class DirectLauncher:
                 known = self._hold(at, None, _watched(started.pop()))
             if known is None:
                 raise
-            answer = await to_the_end(self._end_failed(known, cause))
+            self._known.pop(key, None)
+            answer = await to_the_end(end_failed(known, cause))
             if isinstance(cause, MigrdError | OSError):
                 raise answer from cause
             raise
@@ -282,30 +256,6 @@ class DirectLauncher:
             self.take(client)
         return known
 
-    async def _end_failed(self, known: Known, cause: BaseException) -> VmmError:
-        """End a process whose start did not work (no guest has ever run in it that anybody knows
-        of), and return what to tell. Its files are removed once it is proven dead, and only then.
-        """
-        process, at = known.process, known.at
-        self._known.pop((at.vm, at.name), None)
-        await known.vmm.close()
-        grace_s = EXIT_FOLLOWS_S if isinstance(cause, VmmUnreachable) else 0.0
-        if not await process.wait_dead(within_s=grace_s):
-            with contextlib.suppress(VmmError):
-                process.kill()
-        why = cause.message if isinstance(cause, MigrdError) else str(cause) or "it was given up"
-        is_over = await process.wait_dead(within_s=END_DEADLINE_S)
-        if not is_over or not await in_thread(_nothing_left, at):
-            process.close()
-            text = f"{at.vm} did not start ({why}), and it is not proven that nothing is left of it"
-            log.error("%s: pid %s, %s", text, process.pid, at.directory)
-            return VmmTimedOut(text)
-        words = at.last_words()
-        with contextlib.suppress(OSError):
-            await in_thread(at.remove)
-        text = f"the process of {at.vm} did not start ({process.ending}): {words or why}"
-        return VmmDied(text, code="vmm_start_failed")
-
     # Finding
 
     async def find(self) -> Sequence[Vmm]:
@@ -316,7 +266,7 @@ class DirectLauncher:
                 lambda: [examine(at) for at in Instance.all_below(self._runtime_dir, known)]
             )
             new = [self._attach_found(one) for one in found]
-            await asyncio.gather(*(_connect(one) for one in new if not one.process.is_dead))
+            await asyncio.gather(*(first_connect(one) for one in new if not one.process.is_dead))
             new += await self._adopt_strangers()
         return [one.vmm for one in new]
 
@@ -352,9 +302,9 @@ class DirectLauncher:
                 return None
         name = client.instance or f"adopted-{identity.pid}-{identity.start_ticks}"
         at = Instance(self._runtime_dir, client.vm, name)
-        record = _adopted_record(client.vm, name, identity)
+        record = adopted_record(client.vm, name, identity)
         try:
-            await in_thread(_note_adopted, at, record)
+            await in_thread(note_adopted, at, record)
         except OSError as failure:
             log.warning("%s: not adopted: %s", at.directory, failure.strerror)
             return None
@@ -418,37 +368,3 @@ class DirectLauncher:
 def _watched(child: Child) -> WatchedProcess:
     """Owns the child's pidfd from here on."""
     return WatchedProcess(child.identity, Life.ALIVE, child.pidfd, is_ours=True)
-
-
-async def _connect(known: Known) -> None:
-    with contextlib.suppress(MigrdError):
-        await known.vmm.guest.connected(within_s=FIRST_CONNECT_S)
-
-
-def _adopted_record(vm: str, name: str, identity: ProcessIdentity) -> LaunchRecord:
-    return LaunchRecord(
-        spec=VmSpec(vm, None),
-        instance=name,
-        incoming=False,
-        argv=(),
-        digest="",
-        requested_wall_s=time.time(),
-        identity=identity,
-        is_adopted=True,
-    )
-
-
-def _note_adopted(at: Instance, record: LaunchRecord) -> None:
-    """Blocking. Raises OSError."""
-    with contextlib.suppress(FileExistsError):
-        at.make()
-    record.write(at)
-
-
-def _nothing_left(at: Instance) -> bool:
-    """Whether nothing of this launch lives, by the lock. Blocking, for a second."""
-    for _ in range(_REST_LOOKS):
-        if lock_says(at) is Life.DEAD:
-            return True
-        time.sleep(_REST_PAUSE_S)
-    return False

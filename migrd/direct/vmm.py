@@ -22,14 +22,11 @@ can slow its guest. No postcopy.
 """
 
 import contextlib
-import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Final, NoReturn
 
-from migrd.core.bitmap import DirtyBitmap
 from migrd.core.facts import (
     Feature,
     PassthroughFacts,
@@ -40,23 +37,22 @@ from migrd.core.facts import (
     TransferSettings,
     VmFacts,
 )
-from migrd.core.memory_map import PAGE_BYTES
 from migrd.core.rate_reading import MeasuredRate, RateMode, RateOffer
 from migrd.core.vfio_launch import VfioLaunchDevice
 from migrd.direct.all_devices import run_devices
 from migrd.direct.arrival import Arrival
-from migrd.direct.departure import Departure, Limits, Road
+from migrd.direct.departure import Departure
 from migrd.direct.feed import DirectFeed, Feeds
+from migrd.direct.figures import Limits, Road
 from migrd.direct.guest import About, Guest
 from migrd.direct.handoff import HandedOver
 from migrd.direct.messages import ClientState
-from migrd.direct.offer import OfferedDeviceLog, OfferedHwpt
 from migrd.direct.parts import KernelParts
+from migrd.direct.preparation import blocked_reasons, refuse_unfit, stream_context
 from migrd.direct.stream_limits import StreamLimits
 from migrd.direct.stream_tls import destination_context, source_context
 from migrd.engine.ports import PluggedFds, PortRange, TlsIdentity
-from migrd.engine.threads import in_thread
-from migrd.errors import ConfigError, VmmError, VmmRefused, VmmTimedOut
+from migrd.errors import VmmError, VmmRefused, VmmTimedOut
 from migrd.processes.process import WatchedProcess
 
 ENGINE_VERSION: Final = 1
@@ -180,7 +176,7 @@ class DirectVmm:
             features=frozenset(features),
             passthrough_devices=ids,
             devices=tuple(PassthroughFacts(id_) for id_ in ids),
-            blocked_reasons=tuple(_blocked(client)),
+            blocked_reasons=tuple(blocked_reasons(client)),
             pid=self.pid,
         )
 
@@ -230,7 +226,7 @@ class DirectVmm:
     # A migration away
 
     async def prepare_outgoing(self, settings: TransferSettings, tls: TlsIdentity | None) -> None:
-        _check(settings, tls)
+        refuse_unfit(settings, tls)
         self._settings, self._tls = settings, tls
 
     async def start_outgoing(self, address: TransferAddress) -> None:
@@ -242,7 +238,7 @@ class DirectVmm:
         client = await self.guest.asked()
         if client.state not in (ClientState.RUNNING, ClientState.PAUSED):
             raise VmmRefused(f"the process is {client.state.name.lower()}: nothing to move")
-        tls = await _context(source_context, settings, self._tls)
+        tls = await stream_context(source_context, settings, self._tls)
         channels = settings.multifd_channels or self._options.channels
         road = Road(address, settings, tls, channels, self._options.stream)
         self._arrival = None
@@ -318,7 +314,7 @@ class DirectVmm:
         listen_host: str,
         ports: PortRange | None = None,
     ) -> TransferAddress:
-        _check(settings, tls)
+        refuse_unfit(settings, tls)
         if self._arrival is not None and self._arrival.address is not None:
             if self._arrival.is_listening:
                 return self._arrival.address
@@ -329,7 +325,7 @@ class DirectVmm:
                 f"the process is {client.state.name.lower()}: only one that was launched to wait "
                 "for an incoming guest takes one"
             )
-        context = await _context(destination_context, settings, tls)
+        context = await stream_context(destination_context, settings, tls)
         limits = self._limits_of_arrival()
         tell = self._feeds.tell
         arrival = Arrival(self.guest, settings, context, self._parts, limits, tell)
@@ -397,48 +393,3 @@ class DirectVmm:
             await self._departure.stop(QemuStatus.FAILED, "the process was ended")
         if self._arrival is not None:
             await self._arrival.close()
-
-
-def _check(settings: TransferSettings, tls: TlsIdentity | None) -> None:
-    """Raises VmmRefused."""
-    if settings.tls and tls is None:
-        raise VmmRefused(
-            "the stream is to be encrypted, and there is no TLS identity",
-            code="tls_identity_missing",
-        )
-    if settings.postcopy:
-        raise VmmRefused("the direct engine does no postcopy", code="no_postcopy")
-
-
-async def _context(
-    make: Callable[[Path], ssl.SSLContext], settings: TransferSettings, tls: TlsIdentity | None
-) -> ssl.SSLContext | None:
-    """None: the stream is not encrypted. Raises VmmRefused."""
-    _check(settings, tls)
-    if not settings.tls or tls is None:
-        return None
-    try:
-        return await in_thread(make, Path(tls.directory))
-    except ConfigError as failure:
-        raise VmmRefused(failure.message, code="tls_identity_unusable") from failure
-
-
-def _blocked(client: HandedOver) -> Iterator[str]:
-    """Why the guest cannot be moved. Writes of its CPUs are watched wherever there is memory: else
-    its hand-over was refused. Those of its devices are watched by other sources."""
-    if not client.has_offered or not client.devices:
-        return
-    watched = DirtyBitmap(client.memory.pages)
-    for source in client.sources:
-        if isinstance(source, OfferedHwpt | OfferedDeviceLog):
-            for one in source.ranges:
-                watched.mark(one.first_page, one.length_bytes // PAGE_BYTES)
-    left = client.memory.full()
-    left.subtract(watched)
-    pages = left.count()
-    if pages:
-        ids = ", ".join(device.id for device in client.devices)
-        yield (
-            f"{pages} pages of its memory have no source that watches what its devices ({ids}) "
-            "write by DMA; hand over a page table (HWPT) or the log of each device"
-        )
