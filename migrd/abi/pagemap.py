@@ -1,5 +1,5 @@
-"""Mirror of what finds pages that the CPU wrote: PAGEMAP_SCAN (linux/fs.h) and write-protecting
-userfaultfd (linux/userfaultfd.h), Linux 6.12.
+"""Mirror of what finds pages that the CPU wrote: PAGEMAP_SCAN and PROCMAP_QUERY (linux/fs.h), and
+write-protecting userfaultfd (linux/userfaultfd.h), Linux 6.12.
 
     /dev/userfaultfd -- UFFDIO_API (WP_ASYNC) -- UFFDIO_REGISTER (MODE_WP) -- UFFDIO_WRITEPROTECT
     /proc/PID/pagemap -- PAGEMAP_SCAN: pages whose write protection was lifted; WP_MATCHING puts
@@ -8,7 +8,7 @@ userfaultfd (linux/userfaultfd.h), Linux 6.12.
 
 from typing import Final
 
-from migrd.abi.ioctl import UapiEnum, UapiFlag, UapiStruct, io, ior, iowr, u64
+from migrd.abi.ioctl import UapiEnum, UapiFlag, UapiStruct, io, ior, iowr, u32, u64
 
 HEADERS: Final = ("linux/fs.h", "linux/userfaultfd.h")
 
@@ -58,6 +58,33 @@ class pm_scan_arg(UapiStruct):
 
 PROCFS_IOCTL_MAGIC: Final = ord("f")
 PAGEMAP_SCAN: Final = iowr(PROCFS_IOCTL_MAGIC, 16, pm_scan_arg)
+
+
+class procmap_query_flags(UapiFlag, prefix="PROCMAP_QUERY_"):
+    COVERING_OR_NEXT_VMA = 0x10
+
+
+class procmap_query(UapiStruct):
+    _fields_ = [
+        ("size", u64),
+        ("query_flags", u64),
+        ("query_addr", u64),
+        ("vma_start", u64),
+        ("vma_end", u64),
+        ("vma_flags", u64),
+        ("vma_page_size", u64),
+        ("vma_offset", u64),
+        ("inode", u64),
+        ("dev_major", u32),
+        ("dev_minor", u32),
+        ("vma_name_size", u32),
+        ("build_id_size", u32),
+        ("vma_name_addr", u64),
+        ("build_id_addr", u64),
+    ]
+
+
+PROCMAP_QUERY: Final = iowr(PROCFS_IOCTL_MAGIC, 17, procmap_query)
 
 # linux/userfaultfd.h
 

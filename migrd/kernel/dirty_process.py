@@ -155,6 +155,15 @@ class ProcessSource:
             self._maps.close()
             self._maps = None
 
+    @property
+    def longest_s(self) -> float:
+        """Of one ioctl so far; may be set back."""
+        return self._pace.longest_s
+
+    @longest_s.setter
+    def longest_s(self, value: float) -> None:
+        self._pace.longest_s = value
+
     def _read(self, into: DirtyBitmap, *, clear: bool) -> SourceRead:
         if not self._is_tracking:
             raise KernelRejected(

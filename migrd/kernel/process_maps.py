@@ -1,22 +1,34 @@
 """What a process has mapped, asked by its pagemap descriptor: `maps` of the same address space.
 
 A scan of a pagemap says nothing of what is not mapped, with success. Asking each page whether it
-is mapped costs ten times the scan; the list of mappings tells it at once. It is the text of
-/proc/PID/maps, found by the name that the pagemap was opened under, and only believed if the
-pagemap beside it is the very file we hold (another mount of /proc, or a pid that is somebody
-else's by now, has another). An open `maps` belongs to the address space, not to the pid.
+is mapped costs ten times the scan; the list of mappings tells it at once. It is /proc/PID/maps,
+found by the name that the pagemap was opened under, and only believed if the pagemap beside it is
+the very file we hold (another mount of /proc, or a pid that is somebody else's, has another). An
+open `maps` belongs to the address space, not to the pid.
+
+It is asked for one mapping after the other (PROCMAP_QUERY, Linux 6.11); older kernels only give the
+text of all of them.
 """
 
+import ctypes
+import errno
 import os
 import re
 from collections.abc import Iterator
 from typing import Final, Self
 
-from migrd.errors import KernelGone
+from migrd.abi import pagemap as abi
+from migrd.errors import KernelGone, KernelTooOld
+from migrd.kernel.calls import Meaning, Verb, call, system_ioctl
 
 MOST_BYTES: Final = 64 << 20
 """Of text: ten times what the kernel's own limit of mappings comes to."""
 _AT_ONCE = 1 << 20
+QUERY: Final = Verb(
+    "PROCMAP_QUERY",
+    abi.PROCMAP_QUERY,
+    {errno.ESRCH: Meaning(KernelGone, "process_gone", "the process has exited")},
+)
 _RANGE: Final = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ", re.MULTILINE)
 
 
@@ -26,6 +38,7 @@ class ProcessMaps:
     def __init__(self, fd: int) -> None:
         """Takes ownership of `fd`."""
         self._fd: int | None = fd
+        self._can_query = True
 
     @classmethod
     def beside(cls, pagemap_fd: int) -> Self | None:
@@ -46,11 +59,23 @@ class ProcessMaps:
             return None
         return cls(fd)
 
+    @property
+    def fd(self) -> int:
+        """Raises KernelGone when it is closed."""
+        if self._fd is None:
+            raise KernelGone("the list of mappings is closed", code="descriptor_closed")
+        return self._fd
+
     def first_gap(self, start: int, end: int) -> int | None:
         """The first address of a range that is not mapped; None: all of it is.
 
         Raises KernelGone: the process has exited.
         """
+        if self._can_query:
+            try:
+                return self._query_gap(start, end)
+            except KernelTooOld:
+                self._can_query = False
         reached = start
         for begin, stop in self._ranges():
             if stop <= reached:
@@ -68,17 +93,34 @@ class ProcessMaps:
         if fd is not None:
             os.close(fd)
 
+    def _query_gap(self, start: int, end: int) -> int | None:
+        reached = start
+        argument = abi.procmap_query()
+        while reached < end:
+            argument.size = ctypes.sizeof(argument)
+            argument.query_flags = abi.procmap_query_flags.COVERING_OR_NEXT_VMA
+            argument.query_addr = reached
+            argument.vma_name_size = argument.build_id_size = 0
+            try:
+                call(system_ioctl, self.fd, QUERY, argument, f"ask what is mapped at {reached:#x}")
+            except KernelGone as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                return reached
+            if argument.vma_start > reached:
+                return reached
+            reached = argument.vma_end
+        return None
+
     def _ranges(self) -> Iterator[tuple[int, int]]:
         for found in _RANGE.finditer(self._text()):
             yield int(found[1], 16), int(found[2], 16)
 
     def _text(self) -> bytes:
-        if self._fd is None:
-            raise KernelGone("the list of mappings is closed", code="descriptor_closed")
         text = bytearray()
         try:
             while len(text) < MOST_BYTES:
-                part = os.pread(self._fd, _AT_ONCE, len(text))
+                part = os.pread(self.fd, _AT_ONCE, len(text))
                 if not part:
                     break
                 text += part

@@ -6,9 +6,12 @@
     scraping  a scrape of 10,000 series
     calls     one QMP command, one journal record, one message to a peer
     decision  the decision at VM start, for 16 devices on 8 IOMMU instances
+    harvest   dirty pages of 4 GiB of process memory: beside the bare ioctls and mincore
+    harvest_correctness  ten million pages dirtied at random: missed, and told of in vain
     inventory a host with 4,096 PCI functions: full scan, one uevent, event loop
     bitmap    merge, count and extents of bitmaps of 64 and 768 MiB, beside plain loops in C
     loop_lag  the event loop while a thread goes over bitmaps of 768 MiB
+    direct    the direct engine's stream beside the fastest plain sender, with and without TLS
 
 Without a name all run, with 9 runs each (medians of these; interleaved, so that all sides meet the
 same machine). Exit code: 0 every figure is within its bound, 1 one is not, 2 wrong usage.
@@ -27,6 +30,9 @@ from tests.bench import (
     bitmap,
     calls,
     decision,
+    direct_throughput,
+    harvest,
+    harvest_correctness,
     inventory,
     loop_lag,
     moving,
@@ -44,9 +50,12 @@ BENCHES: Final[Mapping[str, Callable[[int], Awaitable[Table]]]] = {
     "scraping": scraping.run,
     "calls": calls.run,
     "decision": decision.run,
+    "harvest": harvest.run,
+    "harvest_correctness": harvest_correctness.run,
     "inventory": inventory.run,
     "bitmap": bitmap.run,
     "loop_lag": loop_lag.run,
+    "direct": direct_throughput.run,
 }
 
 

@@ -98,6 +98,13 @@ class Writer:
             self._mem = os.open(f"/proc/{self.process.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
         return os.pread(self._mem, pages * PAGE, self.regions[region].hva + page * PAGE)
 
+    def counts(self, region: int, page: int, pages: int) -> Any:
+        """Of writes to these pages, as an array."""
+        import numpy as np
+
+        found = np.frombuffer(self.read(region, page, pages), np.uint64)
+        return found.reshape(-1, PAGE // 8)[:, 0].copy()
+
 
 # ---- in the process
 
@@ -129,8 +136,10 @@ class _Memory:
         self.counts[pages] += 1
 
 
-class _Process:
-    def __init__(self, kind: str, lengths: list[int], *, registered: bool) -> None:
+class WatchedMemory:
+    """Memory of this process, registered."""
+
+    def __init__(self, kind: str, lengths: list[int], *, registered: bool = True) -> None:
         self.libc = ctypes.CDLL(None, use_errno=True)
         self.libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self.libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -152,6 +161,13 @@ class _Process:
         whole = abi.uffdio_range(start=start, len=length)
         wish = abi.uffdio_register(range=whole, mode=abi.uffdio_register_modes.WP)
         fcntl.ioctl(self.uffd, abi.UFFDIO_REGISTER, wish)
+
+    def close(self) -> None:
+        """What is mapped goes with the last that looks at it."""
+        os.close(self.uffd)
+        for memory in self.memories:
+            if memory.fd >= 0:
+                os.close(memory.fd)
 
     # verbs
 
@@ -218,7 +234,7 @@ class _Process:
 def main(words: list[str]) -> None:
     fd, kind, registered, *lengths = words
     channel = socket.socket(fileno=int(fd))
-    process = _Process(kind, [int(word) for word in lengths], registered=registered == "1")
+    process = WatchedMemory(kind, [int(word) for word in lengths], registered=registered == "1")
     regions = [Where(memory.hva, memory.length) for memory in process.memories]
     pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     socket.send_fds(channel, [pickle.dumps(regions)], [pagemap])

@@ -98,6 +98,27 @@ class TestProcessPageByPage(DirtySourceContract):
             read(rig)
 
 
+class TestProcessWithTheTextOfMappings(DirtySourceContract):
+    """Before Linux 6.11."""
+
+    @pytest.fixture
+    def kind(self) -> str:
+        return "anonymous"
+
+    @pytest.fixture(autouse=True)
+    def _older(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def too_old(self: ProcessMaps, start: int, end: int) -> None:
+            raise KernelTooOld("as if")
+
+        monkeypatch.setattr(ProcessMaps, "_query_gap", too_old)
+
+    def test_unmapped_memory_is_not_taken_for_clean(self, rig: ProcessRig) -> None:
+        rig.source.start_tracking()
+        rig.writer.ask("unmap", 1, 99, 1)
+        with pytest.raises(LogLost, match="not wholly mapped"):
+            read(rig)
+
+
 class TestProcessOnAnOlderKernel(DirtySourceContract):
     """One that says nothing of what has no page table."""
 
