@@ -140,15 +140,18 @@ class Sampler:
         return DirtyRatesView(vm, self._state(entry), self._trackers(vm))
 
     def _trackers(self, vm: str) -> tuple[TrackerRates, ...]:
-        found = [each.view() for each in self._samplings.values() if each.vm == vm]
+        found = [each.view() for each in self._of(vm)]
         return tuple(sorted(found, key=lambda each: (each.tracker, each.source)))
+
+    def _of(self, vm: str) -> list[SourceSampling]:
+        """Those that the VM's process can be asked by."""
+        return [each for each in self._samplings.values() if each.vm == vm and each.is_offered]
 
     def _state(self, entry: Entry) -> SamplingState:
         state = _stands(entry)
         if state is not None:
             return state
-        is_sampled = any(each.vm == entry.spec.name for each in self._samplings.values())
-        return SamplingState.ON if is_sampled else SamplingState.OFF
+        return SamplingState.ON if self._of(entry.spec.name) else SamplingState.OFF
 
     def history(
         self, vm: str, since_wall_s: float | None = None, step_s: int | None = None
@@ -177,7 +180,7 @@ class Sampler:
         if state is not SamplingState.ON:
             code, text = _DENIED[state]
             raise Conflict(f"{vm} {text}", code=code)
-        asked = [each.ask() for each in self._samplings.values() if each.vm == vm]
+        asked = [each.ask() for each in self._of(vm)]
         return AskedRate(vm, any(new for new, _ in asked), max(within_s for _, within_s in asked))
 
 

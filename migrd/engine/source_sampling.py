@@ -35,6 +35,7 @@ LEAST_GAP_S: Final = 5.0
 """Between two sets that somebody asked for."""
 FIRST_COST_S: Final = 0.01
 """Booked for a set before one has been seen."""
+NOT_OFFERED: Final = "not_offered"
 REMEMBERS: Final = 0.3
 """Weight of the newest set's cost in what the next is expected to cost."""
 
@@ -62,6 +63,8 @@ class SourceSampling:
         self._in_the_way = in_the_way
         self._memory_bytes = memory_bytes
         self._woken = asyncio.Event()
+        self.is_offered = True
+        """False: this VM's process cannot be asked; it is looked at again, for it may change."""
         self._is_asked = False
         self._is_measuring = False
         self._begun_s: float | None = None
@@ -175,6 +178,9 @@ class SourceSampling:
             self._is_measuring = False
             self._ended_s = self._world.clock.monotonic_s()
         cost_s = sum(reading.cost_s for reading in readings)
+        if outcome == NOT_OFFERED:
+            self._budget.settle(booked_s, 0.0)
+            return
         if outcome == "ok":
             self._expected_s += REMEMBERS * (cost_s - self._expected_s)
             self._took_s = self._ended_s - begun_s
@@ -199,9 +205,8 @@ class SourceSampling:
             why = f"{type(exc).__name__}: {exc}"
             log.error("measuring a dirty rate failed", vm=self.vm, cause=why)
             return self._fail("unexpected", why)
-        if not readings:
-            return self._fail("not_offered", "this VM's QEMU cannot measure it")
-        return "ok"
+        self.is_offered = bool(readings)
+        return "ok" if readings else NOT_OFFERED
 
     async def _in_time(self, doing: Awaitable[T], window_s: float) -> T:
         async with asyncio.timeout(window_s + PATIENCE_S):

@@ -15,7 +15,14 @@ import pytest
 from migrd.core.migration import Policy, Request
 from migrd.core.phases import Phase
 from migrd.core.rate_history import BYTES
-from migrd.core.rate_reading import MIB, MeasuredRate, RateMode, Tracker, headline
+from migrd.core.rate_reading import (
+    MIB,
+    MeasuredRate,
+    RateMode,
+    RateOffer,
+    Tracker,
+    headline,
+)
 from migrd.core.working_set import FitQuality
 from migrd.engine.options import SamplingOptions
 from migrd.engine.rate_views import DirtyRatesView, RateSeen, SamplingState, TrackerRates, Trouble
@@ -156,6 +163,17 @@ async def test_without_sampling_nothing_is_asked_and_that_is_said() -> None:
         assert denied.value.code == "sampling_off"
 
 
+async def test_a_vmm_that_measures_nothing_is_no_trouble() -> None:
+    async with pair_of() as pair:
+        seen = observe(pair)
+        qemu_of(pair).meter.offer = RateOffer()
+        await asyncio.sleep(3 * INTERVAL_S)
+        assert rates(pair) == DirtyRatesView(VM, SamplingState.OFF, ())
+        assert seen.rates == []
+        qemu_of(pair).meter.offer = OLD
+        await sampled(pair)
+
+
 async def test_an_unknown_vm_has_no_rates() -> None:
     async with pair_of() as pair:
         with pytest.raises(NotFound):
@@ -210,6 +228,20 @@ async def test_who_asks_all_the_time_does_not_get_all_of_the_host() -> None:
         cost_s = 0.01 * (len(meter.begun) - begun)
         assert cost_s <= 0.01 * 602 * 1.05
         assert len(meter.begun) - begun > 3 * 600 / INTERVAL_S, "more often than without"
+
+
+async def test_a_cheap_vm_is_left_alone_between_two_measurements_too() -> None:
+    async with pair_of() as pair:
+        meter = qemu_of(pair).meter
+        meter.overrun_s = 0.0
+        await sampled(pair)
+        began_s = now_s()
+        while now_s() < began_s + 300:
+            await pair.alpha.service.measure_dirty_rate(VM, by="test")
+            await asyncio.sleep(0.5)
+        firsts = [at_s for at_s, window_s, _ in meter.begun if window_s == 0.25]
+        assert min(later - at_s for at_s, later in pairwise(firsts)) >= 5.25 + LEAST_GAP_S - 0.01
+        assert len(firsts) > 20
 
 
 # --------------------------------------------------------------------------------- migrations
