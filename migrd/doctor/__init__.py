@@ -8,6 +8,7 @@
     network     addresses, certificates, tokens, the other hosts
     kernel      KVM, userfaultfd, memory, open files, clock
     passthrough IOMMUs, iommufd and VFIO, the devices that are meant for VMs
+    sampling    dirty rates outside of migrations
 
 Rules
 1. Looking changes nothing: no directory is made, the journal is tried on a copy, no port is taken.
