@@ -186,7 +186,7 @@ def lay_out(
         _write_identity(authority, host)
         firmware_dir = directory / "firmware"
         places = {"binary": binary, "machine": machine, "firmware_dir": firmware_dir}
-        text = profile.format(**places, python=sys.executable)
+        text = profile.format(**places, dir=host.directory, python=sys.executable)
         (host.directory / "profiles" / "demo.toml").write_text(text)
         lines = (more or {}).get(host.name, {})
         values = {

@@ -127,6 +127,12 @@ class Departure:
         self._limit_bandwidth()
         self._break_round_if_it_fits()
 
+    def note_death(self) -> None:
+        """The process is proven dead. What is being sent is broken off between two records, so that
+        the destination can be told."""
+        if self._sender is not None:
+            self._sender.break_round()
+
     def throttled(self, percent: int) -> None:
         self._seen.throttle_percent = percent
 
@@ -215,6 +221,8 @@ class Departure:
         while not self._fits(self._seen.pending_pages):
             began_s = time.monotonic()
             await self._send(stable=False)
+            if self._guest.process.is_dead:
+                raise self._guest.death()
             await self._copy_devices()
             await asyncio.sleep(began_s + LEAST_ROUND_S - time.monotonic())
             await self._read_sources()

@@ -154,6 +154,8 @@ class DirectVmm:
         return self.guest.is_connected
 
     def _on_death(self) -> None:
+        if self._departure is not None:
+            self._departure.note_death()
         self._feeds.end(self.guest.death())
 
     # Facts

@@ -109,9 +109,9 @@ def _guests_below(directory: Path) -> list[int]:
     return sorted(found)
 
 
-def profile_text(told: Path, behaviour: str) -> str:
+def profile_text(told: Path) -> str:
     """The demo's profile, for our guest."""
-    ours = f'"{GUEST}", "--told", "{told}", "--behave", "{behaviour}",'
+    ours = f'"{GUEST}", "--told", "{told}", "--behave", "{{dir}}/behaviour",'
     text = hosts.DIRECT_PROFILE.replace('"-m", "migrd.demo.direct_guest",', ours)
     assert ours in text
     return text
@@ -139,17 +139,17 @@ async def direct_fleet(
         hosts.lay_out,
         directory,
         names=("alpha", "beta"),
-        profile=profile_text(directory / "told", "well"),
+        profile=profile_text(directory / "told"),
         tls=tls,
         more=more,
     )
-    for name, behaviour in (behaviours or {}).items():
-        await asyncio.to_thread(_misbehave, directory / name, behaviour)
     two = DirectFleet(
         directory, {host.name: host for host in pair}, SMALL, 0, parameters=dict(parameters)
     )
     for host in pair:
         await asyncio.to_thread((host.directory / "holds").mkdir)
+        behaviour = (behaviours or {}).get(host.name, "well")
+        await asyncio.to_thread((host.directory / "behaviour").write_text, behaviour)
     async with contextlib.AsyncExitStack() as stack:
         if proxied:
             two.stream = await stack.enter_async_context(
@@ -157,12 +157,6 @@ async def direct_fleet(
             )
         await stack.enter_async_context(in_service(two))
         yield two
-
-
-def _misbehave(host: Path, behaviour: str) -> None:
-    profile = host / "profiles" / "demo.toml"
-    text = profile.read_text()
-    profile.write_text(text.replace('"--behave", "well"', f'"--behave", "{behaviour}"'))
 
 
 @contextlib.asynccontextmanager

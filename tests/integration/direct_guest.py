@@ -1,6 +1,8 @@
 """The demo's guest, that tells what it is when it stands still, and can be made to misbehave.
 
-    python direct_guest.py --told FILE --behave well|lies|is_slow|refuses|breaks|is_greedy ...
+    python direct_guest.py --told FILE --behave FILE ...
+
+The second file says how: well, lies, is_slow, refuses, breaks (does not take a guest), is_greedy.
 
 Each time its state is saved or loaded it appends a line to FILE: "saved" or "loaded", and a
 checksum of all its memory and state: equal on both sides, or something was lost. SIGUSR1 breaks its
@@ -86,7 +88,8 @@ def break_connection(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    _, _, told, _, behave, *rest = sys.argv
+    _, _, told, _, behaviour, *rest = sys.argv
+    behave = Path(behaviour).read_text()
     asked = parsed(rest)
     pages_per_s = asked.dirty_mib_per_s * MIB / PAGE_BYTES
     layout = layout_of(asked)
