@@ -58,13 +58,14 @@ class Channel:
         self._poll.register(self._wake, select.POLLIN)
         self._interrupted: MigrdError | None = None
         self._is_closed = False
+        self._is_parting = False
 
     # ---------------------------------------------------------------- from any thread
 
     def interrupt(self, why: MigrdError) -> None:
         """End whatever the channel's thread waits for: it raises `why`."""
-        if self._interrupted is None and not self._is_closed:
-            self._interrupted = why
+        if not self._is_closed:
+            self._interrupted = self._interrupted or why
             with contextlib.suppress(OSError):
                 os.eventfd_write(self._wake, 1)
 
@@ -125,10 +126,12 @@ class Channel:
             os.close(self._wake)
 
     def refuse(self, why: MigrdError) -> None:
-        """Tell the other side why, as far as it listens, and hang up. Raises nothing."""
-        self._interrupted = None  # these last words are not to be cut short by it
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
+        """Tell the other side why, as far as it listens, and hang up. Raises nothing.
+
+        An interruption does not cut the words short, only the wait until they are read.
+        """
+        self._poll.unregister(self._wake)
+        self._is_parting = True
         self.stall_s = _LINGER_S
         with contextlib.suppress(MigrdError, OSError, ValueError):
             self.send_record(Type.ABORT, wire.abort_body(why.code, why.message))
@@ -138,6 +141,9 @@ class Channel:
 
     def _discard(self, until_s: float) -> None:
         """Read on: a connection closed over unread bytes would take our last words with it."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)  # what ended the transfer; the next one is to hurry
+        self._poll.register(self._wake, select.POLLIN)
         rest = bytearray(_DISCARD_BYTES)
         while (left_s := until_s - time.monotonic()) > 0:
             try:
@@ -145,8 +151,7 @@ class Channel:
                     return
             except BlockingIOError:
                 self._poll.register(self._sock, select.POLLIN)
-                self._poll.poll(left_s * 1000)
-                if self._interrupted is not None:
+                if self._wake in dict(self._poll.poll(left_s * 1000)):
                     return
 
     # ---------------------------------------------------------------- bytes
@@ -155,8 +160,7 @@ class Channel:
         """Events of the socket. Raises StreamError (`stream_stalled`), or the interruption."""
         self._poll.register(self._sock, events)
         found = dict(self._poll.poll(max(0.0, within_s) * 1000))
-        if self._interrupted is not None:
-            raise self._interrupted
+        self._check()
         if not found:
             raise StreamError(
                 f"{self.name}: no progress within {within_s:.3g} s while waiting for {doing}",
@@ -201,14 +205,16 @@ class Channel:
                 buffer = buffer[done:]
                 self.meter.add(done)
 
+    def _check(self) -> None:
+        if self._interrupted is not None and not self._is_parting:
+            raise self._interrupted
+
     def _allowed(self, wanted_bytes: int) -> int:
         """How much may be sent now: at least something, once the pace permits it."""
-        if self._interrupted is not None:
-            raise self._interrupted
+        self._check()
         piece = min(wanted_bytes, self.pace.piece_bytes)
         while not self.pace.may_send(piece):
-            if self._interrupted is not None:
-                raise self._interrupted
+            self._check()
             self.hear()
             piece = min(wanted_bytes, self.pace.piece_bytes)
         return piece

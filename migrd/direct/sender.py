@@ -118,6 +118,7 @@ class Sender:
         self._device_bytes = self._state_bytes = self._rounds = 0
         self._busy = asyncio.Lock()
         self._ended: MigrdError | None = None
+        self._is_loaded = False
 
     # ---------------------------------------------------------------- the transfer
 
@@ -175,6 +176,7 @@ class Sender:
             ]
             told = Finish(self._rounds, self._device_bytes, self._state_bytes, tuple(tallies))
             await self._on_first(self._send_finish, told.pack())
+            self._is_loaded = True
 
     def limit(self, bytes_per_s: float | None) -> None:
         """Of all channels together, from now on; None: as fast as it goes. Thread-safe."""
@@ -200,7 +202,7 @@ class Sender:
 
         `is_told`: between rounds the destination is told why, and waits for no other session."""
         why = StreamError(reason, code="stream_ended")
-        is_idle = not self._busy.locked() and self._ended is None and is_told
+        is_idle = is_told and not (self._busy.locked() or self._ended or self._is_loaded)
         self._ended = self._ended or why
         self._interrupt(why)
         async with self._busy:

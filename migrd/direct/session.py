@@ -58,7 +58,9 @@ class Session:
     def fail(self, why: MigrdError) -> None:
         """End all channels; the first reason counts."""
         with self._lock:
-            self._failure = self._failure or why
+            if self._failure is not None:
+                return
+            self._failure = why
             for channel in self._channels.values():
                 channel.interrupt(self._failure)
 
