@@ -180,6 +180,10 @@ async def test_a_restarted_daemon_learns_where_it_stands_and_nothing_has_changed
         assert client.state is state
         assert client.migration_id == ("m-7" if state is ClientState.DEPARTED else "")
         assert client.memory.bytes == MIB
+        before = len(guest.beats())
+        await asyncio.sleep(0.2)
+        assert await client.ask_state() is state
+        assert (len(guest.beats()) > before) is (state is ClientState.RUNNING)
         await client.resume()  # for one that departed: a rollback
         await until(lambda: len(guest.beats()) > len(counted) + 3)
         assert guest.beats() == list(range(1, len(guest.beats()) + 1))
