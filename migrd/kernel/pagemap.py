@@ -9,8 +9,9 @@ Traps
   way that costs a tenth of any other: a page that is clean costs as much as in mincore(2).
 - A scan ends where the rows or `max_pages` are full: go on at the address it returns.
 - A range without a page table (never touched, or a huge page that was discarded) is told of as
-  written by new kernels only; older ones say nothing. `tells_of_holes` asks the kernel by an
-  experiment; where it does not, `holes` finds and protects them, at the price of another scan.
+  written only by kernels that were mended (6.12.117 and 6.18.44 are); others say nothing.
+  `tells_of_holes` asks the kernel by an experiment; where it does not, `holes` finds and protects
+  them, at the price of another scan.
 - After an error it is not known how much was protected anew.
 
 Source: linux/fs.h, Documentation/admin-guide/mm/pagemap.rst.
@@ -76,8 +77,9 @@ class Pagemap:
         """Keeps a duplicate of `fd`, which stays its owner's."""
         self._fd: int | None = os.dup(fd)
         self._ioctl = ioctl
-        self._rows = np.empty((ROWS, _ROW_WORDS), np.uint64)
-        self._rows.fill(0)  # written to, so it is resident
+        self.rows: NDArray[np.uint64] = np.empty((ROWS, _ROW_WORDS), np.uint64)
+        self.rows.fill(0)  # written to, so it is resident
+        self._rows_at = self.rows.ctypes.data
         self._argument = abi.pm_scan_arg()
 
     @property
@@ -88,22 +90,23 @@ class Pagemap:
         return self._fd
 
     def scan(
-        self, start: int, end: int, *, clear: bool, max_pages: int = 0
-    ) -> tuple[NDArray[np.uint64], int]:
-        """Written pages of [start, end) as rows (start, end, _) in ascending order, valid until the
-        next scan; and how far it got. `clear`: they are protected anew. `max_pages` 0: any number.
+        self, start: int, end: int, *, clear: bool, max_pages: int = 0, first_row: int = 0
+    ) -> tuple[int, int]:
+        """Written pages of [start, end) into `rows` from `first_row` on, as (start, end, _) in
+        ascending order; returns how many rows, and how far it got. `clear`: they are protected
+        anew. `max_pages` 0: any number.
 
         Raises KernelRejected (`not_registered`), KernelGone.
         """
         flags = _ARM if clear else abi.pm_scan_flags.CHECK_WPASYNC
-        return self._scan(start, end, flags, _IS.WRITTEN, max_pages=max_pages)
+        return self._scan(start, end, flags, _IS.WRITTEN, max_pages, first_row)
 
     def holes(
-        self, start: int, end: int, *, clear: bool, max_pages: int = 0
-    ) -> tuple[NDArray[np.uint64], int]:
+        self, start: int, end: int, *, clear: bool, max_pages: int = 0, first_row: int = 0
+    ) -> tuple[int, int]:
         """As `scan`: what is mapped and has neither page nor marker."""
         flags = _ARM if clear else abi.pm_scan_flags.CHECK_WPASYNC
-        return self._scan(start, end, flags, _THERE, inverted=_THERE, max_pages=max_pages)
+        return self._scan(start, end, flags, _THERE, max_pages, first_row, inverted=_THERE)
 
     def arm(self, start: int, end: int) -> int:
         """Protect all of [start, end) that is mapped; returns how far it got. Raises as `scan`."""
@@ -120,10 +123,10 @@ class Pagemap:
         reached = start
         while reached < end:
             until = min(end, reached + _PROVEN_AT_ONCE_BYTES)
-            rows, _ = self._scan(reached, until, abi.pm_scan_flags(0), _IS.WPALLOWED)
-            if not len(rows) or int(rows[0, 0]) > reached:
+            found, _ = self._scan(reached, until, abi.pm_scan_flags(0), _IS.WPALLOWED)
+            if not found or int(self.rows[0, 0]) > reached:
                 return reached
-            reached = int(rows[0, 1])
+            reached = int(self.rows[0, 1])
         return None
 
     def close(self) -> None:
@@ -138,20 +141,22 @@ class Pagemap:
         end: int,
         flags: abi.pm_scan_flags,
         mask: abi.page_categories,
+        max_pages: int = 0,
+        first_row: int = 0,
         *,
         inverted: abi.page_categories | int = 0,
-        max_pages: int = 0,
-    ) -> tuple[NDArray[np.uint64], int]:
+    ) -> tuple[int, int]:
         argument = self._argument
         argument.size, argument.flags = ctypes.sizeof(argument), flags
         argument.start, argument.end, argument.walk_end = start, end, 0
-        argument.vec, argument.vec_len = self._rows.ctypes.data, len(self._rows)
+        argument.vec = self._rows_at + first_row * _ROW_WORDS * 8
+        argument.vec_len = ROWS - first_row
         argument.max_pages = max_pages
         argument.category_mask = argument.return_mask = mask
         argument.category_inverted, argument.category_anyof_mask = inverted, 0
         subject = f"scan process memory {start:#x}-{end:#x}"
         found = call(self._ioctl, self.fd, SCAN, argument, subject)
-        return self._rows[:found], int(argument.walk_end)
+        return found, int(argument.walk_end)
 
 
 @functools.cache
@@ -180,8 +185,8 @@ def _try_hole(device: int) -> bool:
         undo.callback(os.close, fd)
         pagemap = Pagemap(fd)
         undo.callback(pagemap.close)
-        rows, _ = pagemap.scan(start, start + len(memory), clear=False)
-        return bool(len(rows))
+        found, _ = pagemap.scan(start, start + len(memory), clear=False)
+        return bool(found)
 
 
 def _address_of(memory: mmap.mmap) -> int:

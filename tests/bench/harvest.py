@@ -7,6 +7,7 @@ mincore     of the same range: what any walk of its page tables costs
 All is processor time of the one thread that does it; the runs are interleaved.
 """
 
+import asyncio
 import ctypes
 import gc
 import os
@@ -87,6 +88,10 @@ def cost_s(func: Callable[[], Any]) -> float:
 
 
 async def run(runs: int, *, length_bytes: int = BYTES) -> Table:
+    return await asyncio.to_thread(_run, runs, length_bytes)
+
+
+def _run(runs: int, length_bytes: int) -> Table:
     rig = Rig(length_bytes)
     gc.disable()
     try:
@@ -146,8 +151,8 @@ def _at(rig: Rig, share: float, runs: int) -> Sequence[Figure]:
 
 
 def _longest(rig: Rig) -> Figure:
-    """Of one ioctl, by the clock, while nothing to everything is dirty: the best of three, as other
-    work on the machine only adds."""
+    """Of one ioctl, while little to everything is dirty: the best of three, as other work on the
+    machine only adds."""
     longest = []
     for _ in range(3):
         rig.source.longest_s = 0.0

@@ -5,6 +5,7 @@ exact    pages are written between rounds: each must be told of, and nothing els
 storm    threads write during the scans: a copy made of what is told must be the memory in the end
 """
 
+import asyncio
 import time
 from typing import Any, Final
 
@@ -55,6 +56,10 @@ async def run(
     storm_s: float = _STORM_S,
 ) -> Table:
     """`runs` is the seed: another number, another schedule."""
+    return await asyncio.to_thread(_run, runs, dirtied_pages, region_bytes, storm_s)
+
+
+def _run(runs: int, dirtied_pages: int, region_bytes: int, storm_s: float) -> Table:
     chance = np.random.default_rng(runs)
     figures, notes = [], []
     for kind in KINDS:

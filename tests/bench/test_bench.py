@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import bitmap, loop_lag, moving, scraping, watching
+from tests.bench import bitmap, harvest, harvest_correctness, loop_lag, moving, scraping, watching
 from tests.bench.figures import Figure, Judge, Table
 from tests.bench.guest import Guest
 
@@ -41,6 +41,24 @@ async def test_bitmaps_are_gone_over_at_memorys_speed() -> None:
 async def test_the_event_loop_keeps_its_beat_while_bitmaps_are_gone_over() -> None:
     # Late by the clock, so with more room; where the GIL is held it is late by 90 ms.
     assert_holds(await loop_lag.run(5, bitmap_mib=256), slack=1.0)
+
+
+async def test_a_harvest_of_process_memory_costs_little_more_than_its_ioctls() -> None:
+    """In less memory what Python adds weighs more than in the full benchmark, so only the walk is
+    judged, beside mincore's."""
+    table = await harvest.run(5, length_bytes=2 << 30)
+    judged = [figure for figure in table.figures if figure.reference_name == "mincore"]
+    assert len(judged) == 2
+    assert_holds(Table(judged))
+    assert "ms per GiB" in table.notes[0]
+
+
+async def test_a_harvest_misses_nothing_and_tells_of_nothing_in_vain() -> None:
+    table = await harvest_correctness.run(
+        3, dirtied_pages=60_000, region_bytes=24 << 20, storm_s=0.3
+    )
+    assert len(table.figures) == 9
+    assert_holds(table)
 
 
 @pytest.mark.real

@@ -120,7 +120,7 @@ class TestProcessWithTheTextOfMappings(DirtySourceContract):
 
 
 class TestProcessOnAnOlderKernel(DirtySourceContract):
-    """One that says nothing of what has no page table."""
+    """One that says nothing of what has no page table: as released before it was mended."""
 
     @pytest.fixture
     def kind(self) -> str:
