@@ -6,10 +6,10 @@ A batch has at most a record's payload: one piece of a long extent, or many shor
 Extents are found as they are needed, so that memory does not grow with the guest. No page is handed
 out twice.
 
-Where holes are to be left out, a region's file is asked for its next data (SEEK_DATA, SEEK_HOLE):
-what it has no page for is zero, and is not even read. A page that the guest makes there meanwhile
-is dirty, and so comes with the next round. Seeking moves a file's position, which the guest's
-process shares with its descriptor: it is done on one of our own, opened anew.
+Where holes are to be left out, a region's file is asked for its next data (SEEK_DATA): where it has
+no pages for longer, memory is zero, and is not even read. A page that the guest makes there
+meanwhile is dirty, and so comes with the next round. Seeking moves a file's position, which the
+guest's process shares with its descriptor: it is done on one of our own, opened anew.
 """
 
 import contextlib
@@ -144,19 +144,23 @@ def own_descriptor(fd: int) -> Iterator[int | None]:
 
 
 def data_in(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """What of a range has pages behind it: (offset in the file, length), whole pages."""
+    """What of a range may have pages behind it: (offset in the file, length), whole pages, at most
+    a record's payload each.
+
+    Only the next data is asked for, never the next hole: to find that the kernel walks all data
+    before it, which for a guest that uses its memory is all of its memory. So a piece may have
+    holes in it; those are read, and seen to be zero.
+    """
     end = offset + length
     while offset < end:
         try:
             data = os.lseek(fd, offset, os.SEEK_DATA)
-            hole = os.lseek(fd, data, os.SEEK_HOLE) if data < end else data
         except OSError as failure:
             if failure.errno != errno.ENXIO:  # ENXIO: only a hole follows
                 yield offset, end - offset  # a file that does not tell: all of it may be data
             return
         first = max(offset, data // PAGE_BYTES * PAGE_BYTES)
-        after = min(end, -(-hole // PAGE_BYTES) * PAGE_BYTES)
-        if first >= after:
+        if first >= end:
             return
-        yield first, after - first
-        offset = after
+        offset = min(end, first + PAYLOAD_BYTES)
+        yield first, offset - first
