@@ -35,19 +35,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from migrd.core.rate_reading import Z_95, Figure, RateReading
 
 CHI2_95: Final = Z_95**2
 LEAST_RATIO: Final = 1.5
 """Windows whose lengths differ by less say nothing about the bend."""
-STRAIGHT: Final = 1e-3
+STRAIGHT: Final = 1e-6
 """k * longest window: below it no bend could ever be seen."""
 FLAT: Final = 30.0
 """k * shortest window: above it every window has seen all of W."""
-GRID: Final = 24
-ZOOMS: Final = 5
+GRID: Final = 20
+ZOOMS: Final = 4
 LEAST_ERROR: Final = 1e-6
 """Of what was found: no window is exact."""
 
@@ -89,15 +89,13 @@ def distinct_bytes(rate: float, set_bytes: float | None, seconds: float) -> floa
     return set_bytes * -math.expm1(-rate * seconds / set_bytes) if set_bytes > 0 else 0.0
 
 
-@dataclass(frozen=True)
-class _Window:
+class _Window(NamedTuple):
     seconds: float
     found: float
     error: float
 
 
-@dataclass(frozen=True)
-class _Try:
+class _Try(NamedTuple):
     """The best W for one k."""
 
     k: float
@@ -168,13 +166,16 @@ def _search(windows: Sequence[_Window], total_bytes: int | None) -> list[_Try]:
 
 
 def _at(k: float, windows: Sequence[_Window], total_bytes: int | None) -> _Try:
-    shares = [-math.expm1(-k * window.seconds) for window in windows]
-    weight = sum((f / w.error) ** 2 for f, w in zip(shares, windows, strict=True))
-    hit = sum(f * w.found / w.error**2 for f, w in zip(shares, windows, strict=True))
+    weight = hit = square = 0.0
+    for seconds, found, error in windows:  # tried a hundred times for each set: no generators
+        share, seen = -math.expm1(-k * seconds) / error, found / error
+        weight += share * share
+        hit += share * seen
+        square += seen * seen
     whole = max(0.0, hit / weight)
     if total_bytes is not None:
         whole = min(whole, float(total_bytes))
-    chi2 = sum(((w.found - whole * f) / w.error) ** 2 for f, w in zip(shares, windows, strict=True))
+    chi2 = max(0.0, square - whole * (2 * hit - whole * weight))
     return _Try(k, whole, 1 / math.sqrt(weight), chi2)
 
 

@@ -10,6 +10,7 @@ A migration ends it between two windows, and what it has found then is thrown aw
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
@@ -178,14 +179,16 @@ class SourceSampling:
             self._is_measuring = False
             self._ended_s = self._world.clock.monotonic_s()
         cost_s = sum(reading.cost_s for reading in readings)
+        began_s = time.thread_time()
         if outcome == NOT_OFFERED:
             self._budget.settle(booked_s, 0.0)
             return
         if outcome == "ok":
-            self._expected_s += REMEMBERS * (cost_s - self._expected_s)
             self._took_s = self._ended_s - begun_s
-            self._budget.settle(booked_s, cost_s)
             outcome = self._keep(readings, cost_s)
+            ours_s = time.thread_time() - began_s
+            self._expected_s += REMEMBERS * (cost_s + ours_s - self._expected_s)
+            self._budget.settle(booked_s, cost_s + ours_s)
         self._tell(outcome, readings, cost_s)
 
     async def _measure_all(self, readings: list[RateReading]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrd.core.convergence import FIXED_COST_S
@@ -59,6 +59,7 @@ def test_what_is_not_known_foretells_nothing() -> None:
     assert foretold(guest(1.0, 1.0), 0.0) is None
 
 
+@settings(deadline=None)
 @given(
     st.floats(0, 1e12),
     st.one_of(st.none(), st.floats(0, 1e12)),

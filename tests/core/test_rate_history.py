@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrd.core.rate_history import BYTES, KEPT_S, RateHistory
@@ -74,6 +74,7 @@ def test_what_is_no_rate_is_left_out(rate: float) -> None:
     assert history.points(START_S - 60, START_S + 60) == []
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 4000), st.floats(0, 1e9)), min_size=1, max_size=60),
     st.integers(1, 2000),

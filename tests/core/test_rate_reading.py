@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrd.core.dma_rate import DmaRate, RateQuality
@@ -28,6 +28,7 @@ def as_qemu_says(hits: int, samples: int, window_s: float, total_bytes: int = TO
     return hits * (total_bytes // MIB) * 1000 // (samples * round(window_s * 1000))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2048), st.sampled_from([0.25, 1.0, 4.0]))
 def test_the_share_that_was_hit_is_within_the_interval(hits: int, window_s: float) -> None:
     mib_per_s = as_qemu_says(hits, 2048, window_s)
@@ -64,6 +65,7 @@ def test_a_bitmap_leaves_only_the_rounding() -> None:
     assert of_bitmap(0, window_s=2.0) == Figure(0, 0, 2 * MIB)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 24 << 40))
 def test_about_as_many_pages_are_sampled_as_wanted_within_what_qemu_takes(total: int) -> None:
     per_gib = pages_per_gib(total, wanted=2048, least=128, most=4096)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrd.core.sampling_budget import SamplingBudget
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.001, 0.2), st.floats(0.001, 0.5)), min_size=1, max_size=80))
 def test_what_is_begun_within_any_time_fits_the_share(wishes: list[tuple[float, float]]) -> None:
     """(cost, time until the next wish): however dense the wishes are."""
