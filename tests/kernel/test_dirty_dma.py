@@ -1,6 +1,7 @@
 """Page tables and device logs as sources of dirty pages, on the simulators.
 
-On the real kernel: tests/lab/guest/mock/test_dirty_iommufd.py, tests/lab/guest/vfio/test_mtty.py.
+Page tables on the real kernel: tests/lab/guest/mock/test_dirty_iommufd.py. No device of the lab has
+a log worth the name: mtty's takes every call and never has anything in it (tests/contract/vfio.py).
 """
 
 from __future__ import annotations
