@@ -94,11 +94,7 @@ class Sender:
         certificate must name. ValueError: not 1 to 16 channels."""
         if not 1 <= channels <= wire.CHANNELS_MAX:
             raise ValueError(f"{channels} channels: 1 to {wire.CHANNELS_MAX}")
-        offsets = region_offsets or {}
-        self._files = {
-            one.id: RegionFile(one, region_fds[one.id], offsets.get(one.id, 0))
-            for one in memory.regions
-        }
+        self._files = _files_of(memory, region_fds, region_offsets or {})
         self._memory = memory
         self._address = address
         self._tls = tls
@@ -336,6 +332,12 @@ class Sender:
         channel.hear()
         channel.send_record(Type.FINISH, body)
         channel.receive_record(self._limits.load_s, Type.LOADED)
+
+
+def _files_of(
+    memory: MemoryMap, fds: Mapping[int, int], offsets: Mapping[int, int]
+) -> dict[int, RegionFile]:
+    return {one.id: RegionFile(one, fds[one.id], offsets.get(one.id, 0)) for one in memory.regions}
 
 
 @dataclass(frozen=True)
