@@ -32,6 +32,7 @@ from migrd.errors import MigrdError, PeerRefused, ReceiveError, Unavailable, Vmm
 TICK_S: Final = 0.1
 ANOTHER_SESSION_S: Final = 10.0
 """So long the source's daemon may be away before what it had sent is given up."""
+ENDED: Final = "the transfer was ended by the destination"
 ANY_PORT: Final = (0, 0)
 STATUSES: Final = {
     ReceiverStatus.WAITING: QemuStatus.SETUP,
@@ -124,10 +125,11 @@ class Arrival:
         if self._devices is not None:
             await self._devices.run()
 
-    def part(self) -> None:
-        """The guest runs: what was needed to get it here is given up, in the background."""
+    def part(self, why: str = ENDED) -> None:
+        """Give up what was needed to get the guest here, in the background: it runs, or it never
+        will, and then the source is told why."""
         if self._closing is None:
-            self._closing = asyncio.create_task(self._close(), name="arrival-close")
+            self._closing = asyncio.create_task(self._close(why), name="arrival-close")
 
     async def close(self) -> None:
         """End it, whatever goes on; the process keeps what it was given. Idempotent."""
@@ -135,16 +137,16 @@ class Arrival:
         assert self._closing is not None
         await asyncio.wait([self._closing])
 
-    async def _close(self) -> None:
+    async def _close(self, why: str) -> None:
         if self._ended is None:
             completed = self.status is QemuStatus.COMPLETED
             self._ended = QemuStatus.COMPLETED if completed else QemuStatus.FAILED
-            self._error = self._error or (None if completed else "the transfer was ended here")
+            self._error = self._error or (None if completed else why)
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
         if self._receiver is not None:
-            await self._receiver.close()
+            await self._receiver.close(why)
         if self._devices is not None:
             with contextlib.suppress(MigrdError):  # the next who takes them clears them
                 if self._ended is not QemuStatus.COMPLETED:

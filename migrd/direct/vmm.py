@@ -156,6 +156,8 @@ class DirectVmm:
     def _on_death(self) -> None:
         if self._departure is not None:
             self._departure.note_death()
+        if self._arrival is not None:
+            self._arrival.part("the process that was to take the guest has died")
         self._feeds.end(self.guest.death())
 
     # Facts

@@ -17,7 +17,7 @@ from migrd.errors import VmmRefused, VmmTimedOut
 from migrd.qemu.machine import Machine
 from tests.contract.conftest import REAL
 from tests.contract.test_machine import FAST, seen, state_reached, status_seen
-from tests.contract.vmm_world import MIB, FakeWorld, RealWorld, World, dirtying_guest
+from tests.contract.vmm_world import MIB, FakeWorld, RealWorld, dirtying_guest
 from tests.lab import vfio_shim
 from tests.qemu.vfio import SECOND, device, plugged
 
@@ -28,7 +28,7 @@ PLENTY_S = 30.0
 class VfioWorld:
     """A world, and the faults that its devices can have."""
 
-    world: World
+    world: FakeWorld | RealWorld
     fault: Path | None
     """Of real ones: while this file exists, their state cannot be saved."""
 
@@ -55,7 +55,7 @@ async def vfio(request: pytest.FixtureRequest, short_tmp_path: Path) -> AsyncIte
     kind, version = request.param.split()
     fault = short_tmp_path / "fault"
     if kind == "fake":
-        world: World = FakeWorld(version, short_tmp_path)
+        world: FakeWorld | RealWorld = FakeWorld(version, short_tmp_path)
     else:
         binary = request.getfixturevalue("qemu_binaries")[REAL[version]]
         rom = await in_thread(dirtying_guest().write_rom, short_tmp_path / "guest.rom")

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from migrd.core.facts import TransferAddress
+from migrd.core.facts import Feature, TransferAddress
 from migrd.demo.image import GuestImage
+from migrd.engine.ports import Vmm
 from migrd.processes.process import WatchedProcess
 from migrd.qemu.attachment import Attachment
 from migrd.qemu.machine import Machine
@@ -29,6 +30,13 @@ from tests.qemu.real import RealQemu, running_qemu, watch_child
 
 MIB = 1 << 20
 GUEST_DIRTIES_BYTES_PER_S = 20 * MIB
+LATER = frozenset(
+    {
+        Feature.SWITCHOVER_ACK,
+        Feature.AVAIL_SWITCHOVER_BANDWIDTH,
+        Feature.INCOMING_EXIT_ON_ERROR,
+    }
+)
 
 
 @dataclass
@@ -43,19 +51,39 @@ class World(abc.ABC):
     """Everything it makes ends with the `async with` around it."""
 
     version: str
-    """"7.2" or "10.0"."""
+    """"7.2" or "10.0", of a QEMU; "direct"."""
+    machine_type = "pc-i440fx-"
+    """What its machine type begins with."""
+    offers = frozenset({Feature.YANK, Feature.OOB, Feature.MULTIFD, Feature.TLS})
 
     def __init__(self) -> None:
         self._stack = contextlib.AsyncExitStack()
 
     @abc.abstractmethod
-    async def source(self) -> Machine: ...
+    async def source(self) -> Vmm: ...
 
     @abc.abstractmethod
-    async def destination(self) -> Machine: ...
+    async def destination(self) -> Vmm: ...
 
     @abc.abstractmethod
-    def kill(self, machine: Machine) -> None: ...
+    def kill(self, vmm: Vmm) -> None: ...
+
+    @property
+    def later_features(self) -> frozenset[Feature]:
+        """What it has of what only later QEMUs offer."""
+        return frozenset() if self.version == "7.2" else LATER
+
+    async def nothing_is_left_behind(self, source: Vmm) -> None:
+        """After clean_outgoing a VMM is as it was before the first migration of its life."""
+        assert isinstance(source, Machine)
+        await source.clean_outgoing()
+        monitor = source.monitor
+        states = await monitor.execute("query-migrate-capabilities")
+        assert [row["capability"] for row in states if row["state"]] == []
+        values = await monitor.execute("query-migrate-parameters")
+        assert (values["tls-creds"], values["max-bandwidth"]) == ("", 128 * MIB)
+        assert (values["max-cpu-throttle"], values["cpu-throttle-initial"]) == (99, 20)
+        await source.clean_outgoing()  # and once more does no harm
 
     @abc.abstractmethod
     async def link(self, address: TransferAddress) -> Link: ...
@@ -82,8 +110,9 @@ class FakeWorld(World):
     async def destination(self) -> Machine:
         return await self._start(FakeVm(self.network, version=self.version, is_incoming=True))
 
-    def kill(self, machine: Machine) -> None:
-        self._processes[machine].kill()
+    def kill(self, vmm: Vmm) -> None:
+        assert isinstance(vmm, Machine)
+        self._processes[vmm].kill()
 
     async def link(self, address: TransferAddress) -> Link:
         async def freeze() -> None:
@@ -144,8 +173,9 @@ class RealWorld(World):
     async def destination(self) -> Machine:
         return await self._start("-incoming", "defer")
 
-    def kill(self, machine: Machine) -> None:
-        self._qemus[machine].process.kill()
+    def kill(self, vmm: Vmm) -> None:
+        assert isinstance(vmm, Machine)
+        self._qemus[vmm].process.kill()
 
     async def link(self, address: TransferAddress) -> Link:
         target = (address.host, address.port)
