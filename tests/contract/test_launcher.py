@@ -2,6 +2,9 @@
 
 import asyncio
 import contextlib
+import os
+import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -10,6 +13,12 @@ from typing import Protocol
 import pytest
 
 from migrd.core.facts import REQUIRED_FEATURES, RunState, VmSpec
+from migrd.daemon import KERNEL_PARTS
+from migrd.demo import processes
+from migrd.direct.handoff_listener import HandoffListener
+from migrd.direct.launcher import DirectLauncher
+from migrd.direct.profile_files import load_direct_profiles
+from migrd.direct.vmm import DirectOptions
 from migrd.engine.ports import Launcher, Vmm
 from migrd.engine.threads import in_thread
 from migrd.errors import Conflict, NotFound, VmmDied
@@ -86,10 +95,74 @@ class RealWorld:
             yield
 
 
-@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.real)])
+SMALL = '"--memory-mib", "16", "--working-set-mib", "1", "--filling-mib", "1"'
+
+
+class DirectWorld:
+    """Processes that hand their guests over."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._profile(f'"{sys.executable}", "-m", "migrd.demo.direct_guest"')
+
+    def _profile(self, command: str) -> None:
+        profiles = self.directory / "profiles"
+        profiles.mkdir(exist_ok=True)
+        lines = (
+            'engine = "direct"',
+            'description = "a small guest"',
+            'kind = "demo-1"',
+            f"command = [{command}, {SMALL}]",
+            "memory_mib = 16",
+        )
+        (profiles / "tiny.toml").write_text("\n".join(lines))
+
+    def spec(self, name: str = "vm") -> VmSpec:
+        return VmSpec(name, "tiny")
+
+    @contextlib.asynccontextmanager
+    async def daemon(self) -> AsyncIterator[Launcher]:
+        profiles = await in_thread(load_direct_profiles, self.directory / "profiles")
+        socket = self.directory / "direct.sock"
+        launcher = DirectLauncher(
+            profiles, self.directory, socket, KERNEL_PARTS, DirectOptions(), start_deadline_s=20
+        )
+        async with HandoffListener(socket, on_client=launcher.take):
+            yield launcher
+            await launcher.close()
+
+    def kill(self, vmm: Vmm) -> None:
+        assert vmm.pid is not None
+        os.kill(vmm.pid, signal.SIGKILL)
+
+    def break_starts(self) -> None:
+        self._profile('"/bin/sh", "-c", "echo no such luck >&2; exit 1"')
+
+    @contextlib.asynccontextmanager
+    async def others_launch(self, name: str) -> AsyncIterator[None]:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "migrd.demo.direct_guest"),
+            *(word.strip('" ') for word in SMALL.split(",")),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={**os.environ, "MIGRD_VM": name, "MIGRD_SOCKET": f"{self.directory}/direct.sock"},
+        )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            await child.wait()
+
+
+@pytest.fixture(params=["fake", "direct", pytest.param("real", marks=pytest.mark.real)])
 async def world(request: pytest.FixtureRequest, short_tmp_path: Path) -> AsyncIterator[World]:
     if request.param == "fake":
         yield FakeWorld()
+        return
+    if request.param == "direct":
+        yield DirectWorld(short_tmp_path)
+        await in_thread(processes.end, await in_thread(processes.guests_of, short_tmp_path))
         return
     binary = request.getfixturevalue("qemu_binaries")["7.2"]
     with contextlib.ExitStack() as stack:
@@ -120,7 +193,7 @@ async def test_a_check_gives_the_same_digest_each_time_and_knows_no_other_profil
 async def test_what_is_launched_runs_or_waits_and_is_told_apart_by_instance(world: World) -> None:
     async with world.daemon() as launcher:
         runs = await launcher.launch(world.spec(), "one", incoming=False)
-        waits = await launcher.launch(world.spec(), "two", incoming=True)
+        waits = await launcher.launch(world.spec("other"), "two", incoming=True)
         assert await runs.run_state() is RunState.RUNNING
         assert await waits.run_state() is RunState.INMIGRATE
         assert (runs.vm, runs.instance) == ("vm", "one")
@@ -129,9 +202,9 @@ async def test_what_is_launched_runs_or_waits_and_is_told_apart_by_instance(worl
         assert runs.is_reachable
         for vmm in (runs, waits):
             assert launcher.is_managed(vmm)
-            assert launcher.spec_of(vmm) == world.spec()
+            assert launcher.spec_of(vmm) == world.spec(vmm.vm)
             with pytest.raises(Conflict):
-                await launcher.launch(world.spec(), vmm.instance, incoming=True)
+                await launcher.launch(world.spec(vmm.vm), vmm.instance, incoming=True)
         assert await launcher.find() == []
         for vmm in (runs, waits):
             await vmm.quit()
