@@ -17,6 +17,9 @@ from migrd.cli.seen import Seen
 from migrd.cli.text import UNKNOWN, ago, clock, rate, size, span, word
 from migrd.cli.units import whole_s
 
+Tries = dict[str, tuple[int | None, int | None]]
+"""Tracker -> its measurements and failures so far."""
+
 POLL_S: Final = 1.0
 MEASURED_WITHIN_S: Final = 120.0
 BAR_CELLS: Final = 24
@@ -98,7 +101,15 @@ async def rates(
     before = await _ask(session, vm) if measure else None
     if watch:
         await _watch(session, vm)
-        return
+    else:
+        await _now(session, vm, before)
+
+
+# Now ----------------------------------------------------------------------------------------------
+
+
+async def _now(session: Session, vm: str, before: Tries | None) -> None:
+    """What was measured last; with `before`, once something was measured after that."""
     reply = await session.client.get("vms", vm, "dirty-rate")
     deadline_s = time.monotonic() + MEASURED_WITHIN_S
     while before is not None and _is_old(reply.seen, before) and time.monotonic() < deadline_s:
@@ -106,14 +117,11 @@ async def rates(
         reply = await session.client.get("vms", vm, "dirty-rate")
     if session.printer.is_for_scripts:
         session.printer.json(reply.body)
-        return
-    _show(session, reply.seen)
+    else:
+        _show(session, reply.seen)
 
 
-# Now ----------------------------------------------------------------------------------------------
-
-
-async def _ask(session: Session, vm: str) -> dict[str, tuple[int | None, int | None]]:
+async def _ask(session: Session, vm: str) -> Tries:
     """Have it measured; how often each tracker had been tried before that."""
     before = await session.client.get("vms", vm, "dirty-rate")
     asked = await session.client.call("POST", path("vms", vm, "dirty-rate", verb="measure"))
@@ -126,7 +134,7 @@ def _tries(tracker: Seen) -> tuple[int | None, int | None]:
     return tracker.whole("measurements"), tracker.whole("failures")
 
 
-def _is_old(seen: Seen, before: dict[str, tuple[int | None, int | None]]) -> bool:
+def _is_old(seen: Seen, before: Tries) -> bool:
     """Some tracker that is still there has not been tried since."""
     return seen.text("state") == "on" and any(
         _tries(each) == before.get(each.text("tracker")) for each in seen.parts("trackers")
@@ -260,7 +268,7 @@ def _trouble(tracker: Seen) -> Cell:
 
 async def _watch(session: Session, vm: str) -> None:
     """A line for each new measurement, until interrupted."""
-    shown: dict[str, tuple[int | None, int | None]] = {}
+    shown: Tries = {}
     state = ""
     while True:
         reply = await session.client.get("vms", vm, "dirty-rate")
