@@ -29,7 +29,7 @@
     │   ├── KernelBusy       in use by somebody: free it first
     │   ├── KernelRejected   the arguments do not fit what is there: a fact assumed is not true
     │   └── LogLost          what was written since the last read is not known: take all for dirty
-    ├── DeviceError          about a device whose state moves with its guest; where it stands is said
+    ├── DeviceError          of a device whose state moves with its guest; where it stands is said
     │   ├── DeviceTimedOut   the kernel does not answer: NOT known what came of it; the call goes on
     │   ├── DeviceNeedsReset no way leads from where it stands but a reset, which loses its state
     │   └── DeviceRefused    it cannot do this, or what arrived is not its own: nothing was changed
@@ -176,7 +176,7 @@ class PeerUnreachable(PeerError):
 
 
 class StreamError(PeerError):
-    """The memory stream between two hosts broke, stalled or was ended; nothing half-moved counts."""
+    """The memory stream between two hosts broke, stalled or ended; nothing half-moved counts."""
 
     code = "stream_broken"
     retryable = True

@@ -296,6 +296,78 @@ static PyObject *py_extents(PyObject *Py_UNUSED(module), PyObject *args)
     return result;
 }
 
+/* Rows of `width` words each, the first two of which are where a run begins and ends. */
+struct runs {
+    const word *rows;
+    uint64_t count, width, base, shift, first;
+};
+
+static int runs_fit(const struct runs *of, uint64_t pages)
+{
+    for (uint64_t i = 0; i < of->count; i++) {
+        const word begin = of->rows[i * of->width], end = of->rows[i * of->width + 1];
+        if (begin < of->base || end < begin || (end - of->base) >> of->shift > pages - of->first)
+            return 0;
+    }
+    return 1;
+}
+
+static uint64_t mark_rows(word *dst, const struct runs *of)
+{
+    uint64_t marked = 0;
+    for (uint64_t i = 0; i < of->count; i++) {
+        const word *row = of->rows + i * of->width;
+        const uint64_t first = ((row[0] - of->base) >> of->shift) + of->first;
+        const uint64_t end = ((row[1] - of->base) >> of->shift) + of->first;
+        if (first == end)
+            continue;
+        const uint64_t at = first / 64, last = (end - 1) / 64;
+        const word head = ~(word)0 << first % 64, tail = ~(word)0 >> (63 - (end - 1) % 64);
+        marked += end - first;
+        if (at == last) {
+            dst[at] |= head & tail;
+            continue;
+        }
+        dst[at] |= head;
+        memset(dst + at + 1, 0xff, (last - at - 1) * 8);
+        dst[last] |= tail;
+    }
+    return marked;
+}
+
+static PyObject *py_mark_runs(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *to, *from, *result = NULL;
+    Py_buffer dst, src;
+    uint64_t pages;
+    struct runs of;
+    if (!PyArg_ParseTuple(args, "OO&OO&O&O&O&:mark_runs", &to, number, &pages, &from, number,
+                          &of.width, number, &of.base, number, &of.shift, number, &of.first) ||
+        !hold_both(to, &dst, from, &src, READ, WORDS))
+        return NULL;
+    if (of.width < 2 || of.width > 64 || src.len / 8 % (Py_ssize_t)of.width || of.shift > 62)
+        PyErr_SetString(PyExc_ValueError, "not rows of words, or not a shift");
+    else if (fits("dst", &dst, 0, pages) && fits("dst", &dst, of.first, 0)) {
+        int fit = of.first <= pages;
+        uint64_t marked = 0;
+        of.rows = src.buf;
+        of.count = (uint64_t)src.len / 8 / of.width;
+        Py_BEGIN_ALLOW_THREADS
+        fit = fit && runs_fit(&of, pages);
+        if (fit)
+            marked = mark_rows(dst.buf, &of);
+        Py_END_ALLOW_THREADS
+        if (fit)
+            result = PyLong_FromUnsignedLongLong(marked);
+        else
+            PyErr_Format(PyExc_ValueError, "runs that are not in a bitmap of %llu pages",
+                         (unsigned long long)pages);
+    }
+    PyBuffer_Release(&dst);
+    PyBuffer_Release(&src);
+    return result;
+}
+
 /* --- which loops --------------------------------------------------------------------------- */
 
 static const struct level *fastest(void)
@@ -330,6 +402,7 @@ static PyMethodDef methods[] = {
     {"count", py_count, METH_VARARGS, NULL},
     {"region_counts", py_region_counts, METH_VARARGS, NULL},
     {"extents", py_extents, METH_VARARGS, NULL},
+    {"mark_runs", py_mark_runs, METH_VARARGS, NULL},
     {"use", py_use, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

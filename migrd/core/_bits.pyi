@@ -42,6 +42,23 @@ def extents(src: Readable, first: int, end: int, out: Writable, gap: int = 0, /)
     next one begins (-1: there is none); going on from there gives the same as all at once.
     """
 
+def mark_runs(
+    dst: Writable,
+    pages: int,
+    rows: Readable,
+    row_words: int,
+    base: int,
+    shift: int,
+    first: int,
+    /,
+) -> int:
+    """Set what `rows` tell of, among the first bits of dst; how many bits they are in all.
+
+    A row is `row_words` words (2 to 64): where a run begins, where it ends (exclusive), and what
+    is not looked at. Address `base` is bit `first`, and a bit is 2**`shift` of them. Rows are
+    ascending and apart.
+    """
+
 def use(level: str, /) -> str:
     """Compute with "avx2" or "portable" from now on; the level in use before. For tests.
 

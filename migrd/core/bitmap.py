@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from migrd.core.bits_words import Readable
 
 PAGE_BYTES: Final = 4096
+PAGE_SHIFT: Final = 12
 EXTENTS_AT_ONCE: Final = 65536
 
 
@@ -64,6 +65,15 @@ class DirtyBitmap:
     def unmark(self, first_page: int, pages: int) -> None:
         """Make them clean. ValueError: not all of them are pages of this bitmap."""
         self._fill(first_page, pages, dirty=False)
+
+    def mark_runs(self, rows: NDArray[np.uint64], base: int, first_page: int) -> int:
+        """Make dirty what `rows` tell of: (first address, end address, ...) each, ascending and
+        apart; address `base` is page `first_page`. Returns how many pages they are.
+
+        ValueError: pages that the bitmap does not have; then nothing was marked.
+        """
+        width = rows.shape[1]
+        return _bits.mark_runs(self.words, self.pages, rows, width, base, PAGE_SHIFT, first_page)
 
     def clear(self) -> None:
         """Make all clean."""

@@ -19,6 +19,7 @@ BACKEND: Final = "c" if _chosen.__name__.endswith("._bits") else "numpy"
 and_not = _chosen.and_not
 count = _chosen.count
 extents = _chosen.extents
+mark_runs = _chosen.mark_runs
 move = _chosen.move
 or_all = _chosen.or_all
 or_bits = _chosen.or_bits

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migrd.core.bits_edges import extents
+from migrd.core.bits_runs import mark_runs
 from migrd.core.bits_words import (
     ALL,
     CHUNK_WORDS,
@@ -30,7 +31,16 @@ if TYPE_CHECKING:
 
     from migrd.core.bits_words import Bytes, Readable, Words, Writable
 
-__all__ = ["and_not", "count", "extents", "move", "or_all", "or_bits", "region_counts"]
+__all__ = [
+    "and_not",
+    "count",
+    "extents",
+    "mark_runs",
+    "move",
+    "or_all",
+    "or_bits",
+    "region_counts",
+]
 
 
 def or_bits(

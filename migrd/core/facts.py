@@ -247,4 +247,4 @@ class Round:
     """Measured over the round."""
     throttle_percent: int
     sources: tuple[SourceRead, ...] = ()
-    """What each told; empty where the VMM harvests. Of rounds seen at once, only the last has it."""
+    """What each told; empty where the VMM harvests. Of rounds seen at once only the last has it."""

@@ -19,8 +19,8 @@
 and register each range whole with UFFDIO_REGISTER_MODE_WP and no other mode. UFFDIO_WRITEPROTECT is
 not needed: migrd arms by PM_SCAN_WP_MATCHING. The ranges are addresses of the process that opened
 the pagemap, multiples of 4096. Anonymous private memory and memfds mapped MAP_SHARED both work.
-It needs CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd=1, or access to /dev/userfaultfd; with
-UFFD_USER_MODE_ONLY the kernel's own writes into the memory (read(2) into it) would fail.
+It needs no privilege: with UFFD_USER_MODE_ONLY the kernel lifts the protection for its own writes
+too (read(2) into the memory), since no event has to be waited for.
 
 What is seen: every write through these mappings, by the process' threads and by system calls that
 it makes (read(2) into guest memory); pages that it discards (MADV_DONTNEED of private memory).
@@ -64,7 +64,6 @@ from migrd.errors import KernelError, KernelRejected, LogLost
 from migrd.kernel.calls import Ioctl, system_ioctl
 from migrd.kernel.pagemap import ROWS, Pagemap, tells_of_holes
 from migrd.kernel.process_maps import ProcessMaps
-from migrd.kernel.runs import mark_runs
 
 MOST_RANGES: Final = 1024
 _ADDRESSES: Final = 1 << 64
@@ -198,9 +197,9 @@ class ProcessSource:
                 at = walked
                 if filled > ROWS // 2:
                     full, filled = filled, 0
-                    pages += mark_runs(into, rows[:full], one.hva, one.first_page)
+                    pages += into.mark_runs(rows[:full], one.hva, one.first_page)
         finally:
-            pages += mark_runs(into, rows[:filled], one.hva, one.first_page)
+            pages += into.mark_runs(rows[:filled], one.hva, one.first_page)
         return pages
 
     def _call(

@@ -75,6 +75,9 @@ def drive(extension: ModuleType, chance: random.Random) -> None:
     pairs = np.zeros(16 * chance.randrange(1, 20), np.uint8)
     both(extension, "extents", src, first, first + length, pairs, chance.choice([0, 0, 1, 70]))
     both(extension, "move", dst, pages, src)
+    edges = sorted(chance.choices(range(pages + 1), k=2 * chance.randrange(9)))
+    rows = np.array(edges, np.uint64).reshape(-1, 2)
+    both(extension, "mark_runs", dst, pages, rows, 2, 0, 0, 0)
 
 
 def main(path: str, rounds: int) -> None:
