@@ -83,7 +83,8 @@ class Departure:
         """By us, or perhaps: a pause that was not answered counts."""
         self._is_left_off = False
         self._is_given_away = False
-        """`departed` was said, or perhaps said."""
+        """`departed` was said, or perhaps said: it is not for us any more to resume the guest."""
+        self._is_giving_up = False
         self._sender: Sender | None = None
         self._harvest: Harvest | None = None
         self._devices: SourceDevices | None = None
@@ -98,17 +99,22 @@ class Departure:
     def has_ended(self) -> bool:
         return self.status in ENDED
 
-    async def stop(self, status: QemuStatus, error: str | None) -> None:
-        """End it, unless it has ended, as `status`; returns when that is done."""
+    async def stop(self, status: QemuStatus, error: str | None, *, resumes: bool = True) -> None:
+        """End it, unless it has ended, as `status`; returns when that is done. `resumes`: a guest
+        that we have paused runs on."""
         task = self._task
         if task is None or self.has_ended:
             return
+        self._is_given_away |= not resumes
         if self._stop_as is None:
             self._stop_as = status, error
             if status is QemuStatus.CANCELLED:
                 self._enter(QemuStatus.CANCELLING)
-            task.cancel()
+            if not self._is_giving_up:  # the guest's way back is not broken off
+                task.cancel()
         await asyncio.wait([task])
+        if not self.has_ended:  # it was cancelled before its first step
+            self._enter(status)
 
     async def leave_off(self) -> None:
         """The daemon ends: hang up without a word, so that the next one may begin anew."""
@@ -342,8 +348,13 @@ class Departure:
         self._tell()
 
     async def _give_up(self, status: QemuStatus, error: str | None) -> None:
-        """The guest first. Not interrupted: `stop` cancels once."""
+        """The guest first. Not interrupted: `stop` cancels no more from here on."""
+        self._is_giving_up = True
+        if self.has_ended:  # what was left to tidy up has failed: the guest is away all the same
+            self._log.warning("the transfer is complete, not all is tidied up", cause=error)
+            return
         if not self._is_given_away:
+            self._enter(QemuStatus.CANCELLING)  # told first: from here on the guest may run
             await self._let_run_again()
         await self._tidy_up(error or "the migration was cancelled")
         self.error = error

@@ -394,6 +394,6 @@ class DirectVmm:
 
     async def _end_transfers(self) -> None:
         if self._departure is not None:
-            await self._departure.stop(QemuStatus.FAILED, "the process was ended")
+            await self._departure.stop(QemuStatus.FAILED, "the process was ended", resumes=False)
         if self._arrival is not None:
             await self._arrival.close()

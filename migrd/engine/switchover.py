@@ -134,7 +134,7 @@ def _watch(m: Outgoing, sample: TransferSample | None) -> None:
         m.may_have_run = True
     if sample is not None and (
         sample.run_state is RunState.RUNNING
-        or sample.qemu_status in (QemuStatus.FAILED, QemuStatus.CANCELLED)
+        or sample.qemu_status in (QemuStatus.FAILED, QemuStatus.CANCELLED, QemuStatus.CANCELLING)
     ):
         m.may_have_run = True
 
