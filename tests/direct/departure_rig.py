@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from migrd.core.facts import QemuStatus, TransferAddress, TransferSettings
 from migrd.core.memory_map import PAGE_BYTES
@@ -86,5 +87,5 @@ async def leaving(
                 process.close()
 
 
-def _no_device(*_: object) -> DirtySource:
+def _no_device(*_: object) -> NoReturn:
     raise AssertionError("there are no devices here")
