@@ -15,6 +15,8 @@ What an ask raises, and what that says
 
 The descriptors are closed when the connection is gone **and** nobody holds them: who reads memory
 in a thread does so in `with client.held():`, for a number that was closed is soon another file's.
+They are closed in a thread: when the process is dead they are the last of its memory, which is
+freed with them, and that takes an eighth of a second for each GiB.
 
 Longer than other modules because all asks and what becomes of their answers are one state.
 """
@@ -110,6 +112,7 @@ class HandedOver:
         self._broken: str | None = None
         self._holders = 0
         self._is_closed = False
+        self._closing: asyncio.Future[None] | None = None
         self._gone = asyncio.Event()
         self.vm: Final = hello.vm
         self.instance: Final = hello.instance
@@ -201,7 +204,10 @@ class HandedOver:
             yield self
         finally:
             self._holders -= 1
-            self._close_unheld()
+            offer = self._given_up()
+            if offer is not None:
+                loop = asyncio.get_running_loop()
+                self._closing = loop.run_in_executor(None, offer.close_descriptors)
 
     async def gone(self) -> None:
         """Return once the connection is broken."""
@@ -317,14 +323,17 @@ class HandedOver:
                     future.set_exception(self._lost(ask.TYPE.name))
             self._asked.clear()
             self._gone.set()
-            self._close_unheld()
+            offer = self._given_up()
+            if offer is not None:
+                await in_thread(offer.close_descriptors)
 
-    def _close_unheld(self) -> None:
-        if self._gone.is_set() and not self._holders and not self._is_closed:
-            self._is_closed = True
-            if self._offer is not None:
-                self._offer.close_descriptors()
-            self._process.close()
+    def _given_up(self) -> Offer | None:
+        """What nobody needs any more, once: its descriptors are the caller's to close."""
+        if not self._gone.is_set() or self._holders or self._is_closed:
+            return None
+        self._is_closed = True
+        self._process.close()
+        return self._offer
 
     def _lost(self, what: str) -> VmmDied | VmmUnreachable:
         text = f"{self.vm}: {what.lower()} was not answered: process {self.pid}"

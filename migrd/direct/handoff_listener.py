@@ -207,9 +207,9 @@ class HandoffListener:
             self._names.claim(hello.vm, process, hello.state)
             await connection.send(Welcome(self._limits.state_bytes))
         except BaseException:
-            if offer is not None:
-                offer.close_descriptors()
             process.close()
+            if offer is not None:
+                await in_thread(offer.close_descriptors)
             raise
         most_bytes = self._limits.state_bytes
         client = HandedOver(connection, process, hello, offer, self._kinds, most_bytes)
@@ -269,10 +269,11 @@ class HandoffListener:
                 builder.add(received.message, received.fd)
                 received = await connection.receive()
             offer = await in_thread(builder.checked, received.message)
-            builder.release()
-            return offer
-        finally:
-            builder.close()
+        except BaseException:
+            await in_thread(builder.close)  # maybe the last of much memory, which is freed with it
+            raise
+        builder.release()
+        return offer
 
 
 _OFFERED: Final = (RegionMessage, SourceMessage, DeviceMessage)

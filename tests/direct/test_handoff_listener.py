@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,17 @@ from migrd.direct.messages import (
     SourceKind,
     SourceMessage,
 )
-from migrd.direct.offer import OfferedDeviceLog, OfferedHwpt, OfferLimits
-from tests.direct.raw_client import HELLO, HVA, MIB, RawClient, memory, offer, page_map
+from migrd.direct.offer import OfferBuilder, OfferedDeviceLog, OfferedHwpt, OfferLimits
+from tests.direct.raw_client import (
+    HELLO,
+    HVA,
+    MIB,
+    RawClient,
+    memory,
+    offer,
+    open_descriptors,
+    page_map,
+)
 from tests.direct.vmms import Host, example, until
 
 REGION, SOURCE, END = offer()
@@ -224,3 +235,53 @@ async def test_a_socket_that_a_dead_daemon_left_is_replaced_and_a_living_one_is_
         await raw.hand_over()
         raw.close()
     assert not host.socket.exists()
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+async def test_memory_is_let_go_of_in_a_thread_for_that_may_free_all_of_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch, is_held: bool
+) -> None:
+    closed_in: dict[int, threading.Thread] = {}
+    close = os.close
+
+    def noting(fd: int) -> None:
+        closed_in[fd] = threading.current_thread()
+        close(fd)
+
+    async with host.up():
+        raw = RawClient(host.socket)
+        await raw.hand_over()
+        client = await host.client()
+        (fd,) = client.region_fds.values()
+        monkeypatch.setattr(os, "close", noting)
+        with client.held() if is_held else contextlib.nullcontext():
+            raw.close()
+            await client.gone()
+            assert not is_held or fd not in closed_in
+        await until(lambda: fd in closed_in)
+    assert closed_in[fd] is not threading.main_thread()
+
+
+async def test_memory_of_a_bad_hand_over_is_let_go_of_in_a_thread(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed_in: list[threading.Thread] = []
+    close = OfferBuilder.close
+
+    def noting(builder: OfferBuilder) -> None:
+        closed_in.append(threading.current_thread())
+        close(builder)
+
+    monkeypatch.setattr(OfferBuilder, "close", noting)
+    before = open_descriptors()
+    async with host.up():
+        raw = RawClient(host.socket)
+        raw.say(HELLO)
+        with memory() as memfd:
+            raw.say(REGION, fds=[memfd])
+        raw.say(OfferEnd(2, 1, 0))
+        assert (await raw.error()).code == ErrorCode.BAD_HANDOVER
+        raw.close()
+    assert closed_in != []
+    assert threading.main_thread() not in closed_in
+    assert open_descriptors() == before
