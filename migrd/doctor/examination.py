@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from migrd.config import DEFAULT_PATH, Settings, load
-from migrd.doctor import kernel, network, passthrough, sampling, software, storage
+from migrd.doctor import direct, kernel, network, passthrough, sampling, software, storage
 from migrd.doctor.finding import Check, Finding, fail, ok, run_check
 from migrd.engine.threads import in_thread
 from migrd.errors import ConfigError
@@ -19,6 +19,7 @@ async def examine(path: Path | None, environ: Mapping[str, str]) -> tuple[Findin
     settings, first = await in_thread(_configuration, path, environ)
     if settings is None:
         checks = software.checks_of_any_host() + kernel.checks(None) + passthrough.checks(None)
+        checks += direct.checks(None)
         return (first, *await _run(checks))
     return (first, *await _run(_checks(settings)))
 
@@ -48,6 +49,7 @@ def _checks(settings: Settings) -> list[Check]:
         *kernel.checks(settings),
         *passthrough.checks(settings),
         *sampling.checks(settings),
+        *direct.checks(settings),
     ]
 
 
