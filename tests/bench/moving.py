@@ -6,6 +6,7 @@ the same machine under the same load. A guest goes to and fro between its driver
 
 import asyncio
 import contextlib
+import mmap
 import statistics
 import tempfile
 import time
@@ -17,7 +18,7 @@ from typing import Final, Protocol
 from migrd.core.facts import TransferSettings
 from tests.bench.bare import BareScript
 from tests.bench.figures import Figure, Judge, Move, Table, median
-from tests.bench.guest import Guest
+from tests.bench.guest import PAGE_BYTES, Guest
 from tests.bench.rig import (
     BANDWIDTH_BYTES_PER_S,
     DOWNTIME_LIMIT_S,
@@ -33,6 +34,10 @@ from tests.setup import debian
 
 SETTLE_S: Final = 0.5
 """Between two moves: the guest has run for a while where it is."""
+WARM_BYTES: Final = 256 << 20
+"""Where this machine is itself virtual, memory that was free for some seconds has been given back
+to its host, and touching it again costs a destination 50 ms and more. Which driver gets such memory
+is chance, and stays so for a whole run of turns; so each finds memory that was used just now."""
 
 
 class Driver(Protocol):
@@ -56,6 +61,14 @@ class Measured:
     """The blackout, by what was done in it."""
     stages: list[dict[str, float]] = field(default_factory=list)
     """The whole move, by what QEMU was doing."""
+
+
+def warm_memory(size_bytes: int = WARM_BYTES) -> None:
+    """Touch and free as much memory as a destination will need: see WARM_BYTES. Blocking."""
+    with mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        for at in range(0, size_bytes, PAGE_BYTES):
+            memory[at] = 1
 
 
 @contextlib.asynccontextmanager
@@ -108,6 +121,7 @@ async def measure(
 ) -> None:
     """One move, looked at from the guest and from both QEMUs."""
     await asyncio.sleep(SETTLE_S)
+    await asyncio.to_thread(warm_memory)
     move = await driver.move()
     await asyncio.sleep(SETTLE_S)
     beats = await asyncio.to_thread(stamps.between, move.began_s - 0.2, time.monotonic())
