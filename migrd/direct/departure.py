@@ -34,7 +34,6 @@ from typing import Final
 
 import structlog
 
-from migrd.core.bitmap import DirtyBitmap
 from migrd.core.facts import QemuStatus, RunState, TransferSample
 from migrd.core.memory_map import PAGE_BYTES
 from migrd.direct.devices import SourceDevices
@@ -45,7 +44,6 @@ from migrd.direct.manifest import Manifest
 from migrd.direct.messages import ClientState
 from migrd.direct.parts import KernelParts
 from migrd.direct.sender import Sender
-from migrd.engine.dirty_ports import OnLoss
 from migrd.engine.harvest import Harvest
 from migrd.engine.threads import in_thread
 from migrd.errors import MigrdError, VmmError, VmmRefused
@@ -196,11 +194,27 @@ class Departure:
 
     async def _set_out(self, client: HandedOver) -> None:
         """Everything that is needed is there and connected, tracking is on, all is pending."""
-        road, memory, settings = self._road, client.memory, self._road.settings
-        sources = await in_thread(self._parts.sources, client.sources)
-        self._harvest = Harvest(memory, sources, on_loss=OnLoss.RESTART)
+        memory = client.memory
+        if "throttle" in client.features:
+            await client.throttle(0)  # a daemon that died may have left it slowed
+        await in_thread(self._prepare, client)
+        self._limit_bandwidth()
+        if client.devices:
+            self._devices = SourceDevices(client.devices, self._parts.open_device)
+            await self._devices.begin()
+        names = tuple(device.id for device in client.devices)
+        await self._the_sender.connect(Manifest(memory, names, self._guest.about.kind or ""))
+        await self._the_harvest.start()
+        self._seen.setup_s = time.monotonic() - self._seen.began_s
+        self._seen.rounds, self._seen.pending_pages = 1, memory.bytes // PAGE_BYTES
+        self._enter(QemuStatus.ACTIVE)
+
+    def _prepare(self, client: HandedOver) -> None:
+        """Blocking: bitmaps of a large guest are large, and written when they are made."""
+        road, settings = self._road, self._road.settings
+        self._harvest = self._parts.harvest(client.memory, client.sources)
         self._sender = Sender(
-            memory,
+            client.memory,
             client.region_fds,
             address=(road.address.host, road.address.port),
             channels=road.channels,
@@ -211,16 +225,6 @@ class Departure:
             limits=road.stream,
             region_offsets=client.region_offsets,
         )
-        self._limit_bandwidth()
-        if client.devices:
-            self._devices = SourceDevices(client.devices, self._parts.open_device)
-            await self._devices.begin()
-        names = tuple(device.id for device in client.devices)
-        await self._sender.connect(Manifest(memory, names, self._guest.about.kind or ""))
-        await self._harvest.start()
-        self._seen.setup_s = time.monotonic() - self._seen.began_s
-        self._seen.rounds, self._seen.pending_pages = 1, memory.bytes // PAGE_BYTES
-        self._enter(QemuStatus.ACTIVE)
 
     async def _copy(self) -> None:
         """Until what is left fits the downtime limit."""
@@ -259,7 +263,7 @@ class Departure:
             os.close(state_fd)
         finishing = asyncio.create_task(sender.finish(), name="departure-finish")
         try:
-            await in_thread(self._refuse_writes)
+            await self._refuse_writes()
             await finishing
         finally:
             finishing.cancel()
@@ -295,12 +299,9 @@ class Departure:
         left = sum(size.stop_copy_bytes or 0 for size in await devices.sizes())
         self._seen.device_seconds = left / bandwidth if bandwidth else 0.0
 
-    def _refuse_writes(self) -> None:
-        """Rule 3. Blocking."""
-        found = DirtyBitmap(self._the_harvest.memory.pages)
-        for source in self._the_harvest.sources:
-            source.peek(found)
-        pages = found.count()
+    async def _refuse_writes(self) -> None:
+        """Rule 3."""
+        pages = await self._the_harvest.rest()
         if pages:
             raise VmmRefused(
                 f"memory was written while paused: {pages} pages after the last ones were sent; "

@@ -7,6 +7,7 @@ in here as functions that make them from the descriptors a process handed over.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from migrd.core.memory_map import MemoryMap
 from migrd.direct.offer import (
     OfferedDeviceLog,
     OfferedHwpt,
@@ -15,7 +16,8 @@ from migrd.direct.offer import (
     OfferedSource,
 )
 from migrd.engine.device_state_ports import OpenDevice
-from migrd.engine.dirty_ports import DirtySource
+from migrd.engine.dirty_ports import DirtySource, OnLoss
+from migrd.engine.harvest import Harvest
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class KernelParts:
                 source.close()
             raise
         return made
+
+    def harvest(self, memory: MemoryMap, offered: Sequence[OfferedSource]) -> Harvest:
+        """Of all sources of a guest; one whose log is lost is begun anew. Also raises Invalid."""
+        sources = self.sources(offered)
+        try:
+            return Harvest(memory, sources, on_loss=OnLoss.RESTART)
+        except BaseException:
+            for source in sources:
+                source.close()
+            raise
 
     def _source(self, offered: OfferedSource, number: int) -> DirtySource:
         match offered:

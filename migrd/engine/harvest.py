@@ -33,7 +33,14 @@ from migrd.core.memory_map import MemoryMap
 from migrd.engine.dirty_ports import DirtySource, OnLoss
 from migrd.engine.ports import Clock, SystemClock
 from migrd.engine.threads import in_thread
-from migrd.errors import Invalid, KernelError, LogLost, MigrdError, Violation
+from migrd.errors import (
+    Invalid,
+    KernelError,
+    KernelUnsupported,
+    LogLost,
+    MigrdError,
+    Violation,
+)
 
 T = TypeVar("T")
 MOST_AT_ONCE: Final = 4
@@ -104,6 +111,11 @@ class Harvest:
         if lost is not None:
             raise lost
         return round_
+
+    async def rest(self) -> int:
+        """How many pages were written since the last round, when there is to be none any more. What
+        is found is pending. Raises KernelError, LogLost: a source cannot tell."""
+        return await in_thread(self._rest)
 
     async def stop(self) -> None:
         """Switch tracking off for all sources, each of them tried. What is pending stays. Raises
@@ -207,6 +219,20 @@ class Harvest:
             outcome,
             reason,
         )
+
+    def _rest(self) -> int:
+        with self._turn:
+            try:
+                for watched in self._watched:
+                    try:
+                        watched.source.peek(self._fresh)
+                    except KernelUnsupported:  # a device's log tells only once
+                        watched.source.read_and_clear(self._fresh)
+                return self._fresh.count()
+            finally:
+                with self.pending_lock:
+                    self.pending.merge(self._fresh)
+                    self._fresh.clear()
 
     def _stop(self) -> None:
         with self._turn:

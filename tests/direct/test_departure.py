@@ -6,10 +6,16 @@ import asyncio
 import threading
 from pathlib import Path
 
+import pytest
+
+from migrd.core.bitmap import DirtyBitmap
 from migrd.core.facts import QemuStatus
-from migrd.direct.messages import ClientState, Resume
+from migrd.core.harvest_round import SourceRead
+from migrd.direct.messages import ClientState, Resume, SaveState, Throttle
+from migrd.errors import KernelUnsupported
 from tests.direct.departure_rig import leaving
 from tests.direct.vmms import until
+from tests.fakes.dirty_source import SimSource
 
 ENDED = (QemuStatus.FAILED, QemuStatus.CANCELLED, QemuStatus.COMPLETED)
 
@@ -90,3 +96,63 @@ async def test_a_transfer_stopped_before_its_first_step_has_ended(tmp_path: Path
         await guest.status(QemuStatus.CANCELLED)
         await guest.set_out()
         await guest.status(QemuStatus.PRE_SWITCHOVER)
+
+
+class LogSource(SimSource):
+    """As a device's own log: it tells once, and cannot be looked at."""
+
+    def peek(self, into: DirtyBitmap) -> SourceRead:
+        raise KernelUnsupported("it cannot be read without clearing it", code="no_peek")
+
+
+async def test_a_guest_leaves_whose_device_logs_its_writes_itself(tmp_path: Path) -> None:
+    async with leaving(tmp_path, LogSource) as guest:
+        await guest.set_out()
+        await guest.status(QemuStatus.PRE_SWITCHOVER)
+        await guest.vmm.continue_switchover()
+        assert await guest.status(*ENDED) is QemuStatus.COMPLETED
+
+
+@pytest.mark.parametrize("kind", [SimSource, LogSource])
+async def test_a_write_behind_the_last_pages_is_found_out(
+    tmp_path: Path, kind: type[SimSource]
+) -> None:
+    async with leaving(tmp_path, kind) as guest:
+        await guest.set_out()
+        await guest.status(QemuStatus.PRE_SWITCHOVER)
+        guest.process.before_answer[SaveState] = lambda: guest.sources[0].write(9)
+        await guest.vmm.continue_switchover()
+        assert await guest.status(*ENDED) is QemuStatus.FAILED
+        assert "written while paused" in (guest.vmm._look().error or "")
+        assert guest.process.state is ClientState.RUNNING
+        assert guest.sources[0].is_closed
+
+
+async def test_a_guest_that_another_daemon_slowed_sets_out_at_full_speed(tmp_path: Path) -> None:
+    slowed: list[None] = []
+    async with leaving(tmp_path) as guest:
+        guest.process.before_answer[Throttle] = lambda: slowed.append(None)
+        await guest.set_out()
+        await guest.status(QemuStatus.PRE_SWITCHOVER)
+        assert slowed == [None]
+
+
+async def test_no_bitmap_of_the_guest_is_made_on_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a terabyte of guest memory each of them takes 50 ms to make."""
+    made_in: list[threading.Thread] = []
+    make = DirtyBitmap.__init__
+
+    def noting(bitmap: DirtyBitmap, pages: int) -> None:
+        made_in.append(threading.current_thread())
+        make(bitmap, pages)
+
+    monkeypatch.setattr(DirtyBitmap, "__init__", noting)
+    async with leaving(tmp_path) as guest:
+        await guest.set_out()
+        await guest.status(QemuStatus.PRE_SWITCHOVER)
+        await guest.vmm.continue_switchover()
+        await guest.status(QemuStatus.COMPLETED)
+    assert made_in != []
+    assert threading.main_thread() not in made_in

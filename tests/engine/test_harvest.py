@@ -210,3 +210,16 @@ async def test_each_source_has_its_own_policy() -> None:
     iommu.lose()
     with pytest.raises(LogLost, match="iommu"):
         await harvest.round()
+
+
+async def test_the_rest_is_counted_and_pending_once_there_are_no_rounds_any_more() -> None:
+    sources = two()
+    harvest, _ = await started(sources)
+    await harvest.round()
+    moved(harvest)
+    assert await harvest.rest() == 0
+    sources[0].write(3)
+    sources[1].write(512)
+    assert await harvest.rest() == 3
+    assert moved(harvest) == [3, 512, 513]
+    await harvest.close()
