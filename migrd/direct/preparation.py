@@ -1,14 +1,13 @@
 """What is looked at before a guest sets out: settings, certificates, and who watches its memory."""
 
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from migrd.core.bitmap import DirtyBitmap
 from migrd.core.facts import TransferSettings
-from migrd.core.memory_map import PAGE_BYTES
+from migrd.core.memory_map import PAGE_BYTES, MemoryMap
 from migrd.direct.handoff import HandedOver
-from migrd.direct.offer import OfferedDeviceLog, OfferedHwpt
+from migrd.direct.offer import OfferedDeviceLog, OfferedHwpt, OfferedSource
 from migrd.engine.ports import TlsIdentity
 from migrd.engine.threads import in_thread
 from migrd.errors import ConfigError, VmmRefused
@@ -43,17 +42,35 @@ def blocked_reasons(client: HandedOver) -> Iterator[str]:
     its hand-over was refused. Those of its devices are watched by other sources."""
     if not client.has_offered or not client.devices:
         return
-    watched = DirtyBitmap(client.memory.pages)
-    for source in client.sources:
-        if isinstance(source, OfferedHwpt | OfferedDeviceLog):
-            for one in source.ranges:
-                watched.mark(one.first_page, one.length_bytes // PAGE_BYTES)
-    left = client.memory.full()
-    left.subtract(watched)
-    pages = left.count()
+    pages = unwatched_pages(client.memory, client.sources, len(client.devices))
     if pages:
         ids = ", ".join(device.id for device in client.devices)
         yield (
             f"{pages} pages of its memory have no source that watches what its devices ({ids}) "
-            "write by DMA; hand over a page table (HWPT) or the log of each device"
+            "write by DMA; hand over a page table (HWPT), or the log of each device"
         )
+
+
+def unwatched_pages(memory: MemoryMap, sources: Iterable[OfferedSource], devices: int) -> int:
+    """Pages that a device may write unseen. A page table sees all devices behind it; a device's log
+    sees that device alone, so there must be as many as there are devices."""
+    changes: dict[int, tuple[int, int]] = {}
+
+    def add(first_page: int, pages: int, is_memory: int, watchers: int) -> None:
+        for page, sign in ((first_page, 1), (first_page + pages, -1)):
+            before = changes.get(page, (0, 0))
+            changes[page] = before[0] + sign * is_memory, before[1] + sign * watchers
+
+    for region in memory.regions:
+        add(region.first_page, region.pages, 1, 0)
+    for source in sources:
+        if isinstance(source, OfferedHwpt | OfferedDeviceLog):
+            watchers = devices if isinstance(source, OfferedHwpt) else 1
+            for one in source.ranges:
+                add(one.first_page, one.length_bytes // PAGE_BYTES, 0, watchers)
+    unwatched = before = is_memory = watched_by = 0
+    for page, (more_memory, more_watchers) in sorted(changes.items()):
+        if is_memory and watched_by < devices:
+            unwatched += page - before
+        before, is_memory, watched_by = page, is_memory + more_memory, watched_by + more_watchers
+    return unwatched
