@@ -45,7 +45,7 @@ from migrd.core.rate_reading import MeasuredRate, RateMode, RateOffer
 from migrd.core.vfio_launch import VfioLaunchDevice
 from migrd.engine.ports import PluggedFds, PortRange, TlsIdentity
 from migrd.errors import VmmDied, VmmError, VmmTimedOut, VmmUnreachable
-from migrd.qemu import dirty_rate, migration, samples
+from migrd.qemu import dirty_rate, migration, samples, stream_socket
 from migrd.qemu.attachment import Attachment
 from migrd.qemu.calls import CallObserver
 from migrd.qemu.device_facts import ask_devices
@@ -105,6 +105,8 @@ class Machine:
         self.oob = Monitor(oob_path, observe=observe) if oob_path is not None else None
         self._offer = Offer(self.monitor, expected)
         self._feeds: set[QemuFeed] = set()
+        self._has_one_stream = False
+        """What was prepared last; not known after a restart of this daemon."""
         self.is_new = False
         """Started by this daemon, and nobody has told it anything yet; its launcher says so."""
         self._seen = Seen()
@@ -227,11 +229,20 @@ class Machine:
 
     async def prepare_outgoing(self, settings: TransferSettings, tls: TlsIdentity | None) -> None:
         await prepare(self._ask, await self.schema(), settings, tls, is_outgoing=True)
+        self._has_one_stream = settings.multifd_channels == 0 and not settings.postcopy
 
     async def start_outgoing(self, address: TransferAddress) -> None:
         uri = migration.tcp_uri(address)
+        if self._has_one_stream:
+            uri = await stream_socket.uri_of_stream(address, self._send_fd)
         self._seen.begin_migration()
-        await self._ask("migrate", {"uri": uri}, deadline_s=2 * self._call_deadline_s)
+        try:
+            await self._ask("migrate", {"uri": uri}, deadline_s=2 * self._call_deadline_s)
+        except CommandRefused:
+            if uri == stream_socket.URI:  # not taken: else the destination waits on it
+                with contextlib.suppress(VmmError):
+                    await self._ask("closefd", {"fdname": stream_socket.NAME})
+            raise
 
     async def clean_outgoing(self) -> None:
         await take_back(self._ask, await self.schema())

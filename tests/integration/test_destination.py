@@ -126,7 +126,14 @@ async def test_the_destinations_qemu_dying_with_the_source_paused_before_switcho
             "beta",
             policy={"max_bandwidth_bytes_per_s": 30 << 20, "downtime_limit_ms": 1000},
         )
-        await two.phase("alpha", migration, "precopy")
+        await two.until(
+            "alpha",
+            migration,
+            lambda seen: (
+                seen["phase"] == "precopy"
+                and seen["progress"]["qemu_status"] in ("setup", "active")
+            ),
+        )
         two.signal_daemon("alpha", signal.SIGSTOP)  # nobody says migrate-continue
         await two.stands_still("alpha")
         await kill_qemu(two, "beta")
