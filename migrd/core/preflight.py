@@ -101,11 +101,11 @@ def _of_source(request: Request, source: SourceFacts) -> Iterator[Refusal]:
     if vm.qemu_status in BUSY or vm.qemu_status.is_postcopy:
         yield Refusal(
             "qemu_already_migrating",
-            f"its QEMU is in a migration that is not ours (status {vm.qemu_status.value})",
+            f"its VMM is in a migration that is not ours (status {vm.qemu_status.value})",
             "let it end, or cancel it, where it was started",
         )
     for reason in vm.blocked_reasons:
-        yield Refusal("qemu_blocks", f"QEMU says: {reason}", "unplug the device it names")
+        yield Refusal("qemu_blocks", f"its VMM says: {reason}", "unplug the device it names")
     if vm.may_lose_dirty_pages:
         yield Refusal(
             "qemu_loses_dirty_pages",
@@ -209,8 +209,8 @@ def _lacks(side: str, host: str, version: str, missing: list[str]) -> Iterator[R
     if missing:
         yield Refusal(
             f"{side}_lacks_feature",
-            f"QEMU {version} on {host} does not offer: {', '.join(missing)}",
-            "use a newer QEMU there, or leave out what needs it",
+            f"the VMM on {host} ({version}) does not offer: {', '.join(missing)}",
+            "use a newer one there, or leave out what needs it",
         )
 
 

@@ -35,6 +35,7 @@ from migrd.direct.messages import (
     ClientState,
     DeviceMessage,
     ErrorCode,
+    Features,
     Hello,
     OfferEnd,
     RegionMessage,
@@ -202,8 +203,8 @@ class HandoffListener:
                     "run the VMM as another user"
                 )
             hello = _checked_hello(await connection.receive())
-            if hello.state is not ClientState.INCOMING:
-                offer = await self._gather(connection, await connection.receive())
+            if hello.state is not ClientState.INCOMING or hello.features & Features.DEVICES:
+                offer = await self._gather(connection, await connection.receive(), hello.state)
             self._names.claim(hello.vm, process, hello.state)
             await connection.send(Welcome(self._limits.state_bytes))
         except BaseException:
@@ -253,11 +254,13 @@ class HandoffListener:
                     "runs its guest; to hand over anew, connect anew"
                 )
             async with asyncio.timeout(self._limits.handover_s):
-                client.accept(await self._gather(connection, received))
+                client.accept(await self._gather(connection, received, client.state))
                 await connection.send(Welcome(self._limits.state_bytes))
             self._announce(client)
 
-    async def _gather(self, connection: PacketSocket, received: Received) -> Offer:
+    async def _gather(
+        self, connection: PacketSocket, received: Received, state: ClientState
+    ) -> Offer:
         """The offer that begins with this message."""
         builder = OfferBuilder(self._limits.offer, self._kinds)
         try:
@@ -268,7 +271,9 @@ class HandoffListener:
                     raise BadMessage(f"{name}: an offer goes on to OFFER_END without it")
                 builder.add(received.message, received.fd)
                 received = await connection.receive()
-            offer = await in_thread(builder.checked, received.message)
+            is_waiting = state is ClientState.INCOMING
+            check = builder.checked_devices if is_waiting else builder.checked
+            offer = await in_thread(check, received.message)
         except BaseException:
             await in_thread(builder.close)  # maybe the last of much memory, which is freed with it
             raise

@@ -177,7 +177,7 @@ class Incoming(IncomingRecord):
             return True
         if status in (QemuStatus.FAILED, QemuStatus.CANCELLED):
             error = sample.error or (await self._living().sample()).error
-            await self._refuse(f"QEMU: {error or 'the stream broke, it gave no reason'}")
+            await self._refuse(error or "the stream broke, and no reason was given")
             return True
         return False
 
@@ -204,7 +204,7 @@ class Incoming(IncomingRecord):
                 sample = await self._next_sample(feed.newer(within_s=TICK_S))
                 self.sample = sample or self.sample
         if vmm.is_dead:
-            raise VmmDied(f"QEMU {vmm.pid} exited before the guest was started")
+            raise VmmDied(f"process {vmm.pid} exited before the guest was started")
         await self._apply(
             DestinationTrigger.GRANT_RECEIVED,
             DestinationTrigger.START_ORDERED,
@@ -221,7 +221,7 @@ class Incoming(IncomingRecord):
         """`cont`, again if need be, until the guest is seen to run; only death ends it."""
         vmm = self._living()
         if vmm.is_dead:
-            raise VmmDied(f"QEMU {vmm.pid} is dead")
+            raise VmmDied(f"process {vmm.pid} is dead")
         if self.state.run_guest:
             with contextlib.suppress(VmmTimedOut, VmmRefused):  # looked at below
                 await vmm.run_guest()
@@ -229,7 +229,7 @@ class Incoming(IncomingRecord):
             if state in RAN_AND_STOPPED:
                 self.note = f"the guest ran and is {state.value} now"
             elif state is not RunState.RUNNING:
-                self.note = f"QEMU does not run the guest: its run state is {state.value}"
+                self.note = f"the VMM does not run the guest: its run state is {state.value}"
                 await asyncio.sleep(RETRY_S)
                 return  # begun again by the owner: past starting there is no way back
             else:
@@ -340,7 +340,7 @@ class Incoming(IncomingRecord):
         self.vmm_died = True
         self.guest_running = False
         self.note = why
-        self.log.error("QEMU died", phase=self.state.phase.value, cause=why)
+        self.log.error("the VMM died", phase=self.state.phase.value, cause=why)
         self._tell("migration.changed")
 
     async def _on_failure(self, why: str) -> None:

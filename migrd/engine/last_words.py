@@ -35,7 +35,7 @@ async def why_failed(m: Outgoing, sample: TransferSample) -> str:
     if ours is None:
         with contextlib.suppress(VmmError):
             ours = (await m.vmm.sample()).error
-    text = f"QEMU on {m.world.options.host}: {ours or 'it gave no reason'}"
+    text = f"on {m.world.options.host}: {ours or 'no reason was given'}"
     with contextlib.suppress(PeerError, TimeoutError):
         async with asyncio.timeout(REASON_S):
             view = await m.peer.view(m.id)

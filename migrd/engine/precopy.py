@@ -178,7 +178,7 @@ class Steering:
         if last is not None and last.verdict in (Verdict.SWITCH_OVER, Verdict.START_POSTCOPY):
             return
         limit_ms = m.state.policy.downtime_limit_s * 1000
-        message = f"QEMU found that what is left fits the limit of {limit_ms:.0f} ms"
+        message = f"the VMM found that what is left fits the limit of {limit_ms:.0f} ms"
         number = m.rounds[-1].number if m.rounds else 0
         guess = estimate(tuple(m.rounds), m.state.policy)
         decision = Decision(

@@ -135,7 +135,7 @@ async def _stop_transfer(m: Outgoing) -> None:
         async with asyncio.timeout(YANK_S):
             await _until_idle(m)
     except TimeoutError:
-        raise VmmTimedOut("QEMU has not ended the migration after a yank") from None
+        raise VmmTimedOut("the migration has not ended after its connection was cut") from None
 
 
 async def _is_idle(m: Outgoing) -> bool:

@@ -174,8 +174,8 @@ def _verdict(m: Outgoing, sample: TransferSample) -> tuple[bool, MigrationEvent 
     if status in (QemuStatus.POSTCOPY_ACTIVE, QemuStatus.POSTCOPY_PAUSED):
         return m.state.mode is Mode.POSTCOPY, None
     if status in (QemuStatus.FAILED, QemuStatus.CANCELLED):
-        why = sample.error or "QEMU gave no reason"
-        return True, m.failed("switchover_failed", f"QEMU on {m.world.options.host}: {why}")
+        why = sample.error or "no reason was given"
+        return True, m.failed("switchover_failed", f"on {m.world.options.host}: {why}")
     return False, None
 
 
@@ -325,7 +325,7 @@ async def _grant_once(m: Outgoing, died_is_unknown: bool) -> MigrationEvent | No
     if view.vmm_died and died_is_unknown:
         cause = Cause(
             "destination_died_starting",
-            f"the QEMU on {m.peer.name} died while it was being started ({view.reason}): nobody "
+            f"the VMM on {m.peer.name} died while it was being started ({view.reason}): nobody "
             "can know whether the guest ran there; the copy here is kept, stopped",
         )
         return m.event(Trigger.OUTCOME_UNKNOWN, cause=cause)
