@@ -20,6 +20,14 @@ def refuse_unfit(settings: TransferSettings, tls: TlsIdentity | None) -> None:
             "the stream is to be encrypted, and there is no TLS identity",
             code="tls_identity_missing",
         )
+    if tls is not None and not settings.tls:
+        raise VmmRefused(
+            "this host encrypts its streams, and the stream of this migration is to be plain: set "
+            "migration.tls alike on both hosts",
+            code="tls_mismatch",
+        )
+    if settings.tls and not settings.peer_name:  # else anybody whom the CA knows would do
+        raise VmmRefused("the stream is to be encrypted, and with whom is not said")
     if settings.postcopy:
         raise VmmRefused("the direct engine does no postcopy", code="no_postcopy")
 

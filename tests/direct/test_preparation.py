@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from migrd.core.facts import TransferSettings
 from migrd.core.memory_map import PAGE_BYTES, MemoryMap
 from migrd.direct.offer import (
     OfferedDeviceLog,
@@ -10,7 +13,9 @@ from migrd.direct.offer import (
     OfferedRange,
     OfferedSource,
 )
-from migrd.direct.preparation import unwatched_pages
+from migrd.direct.preparation import refuse_unfit, unwatched_pages
+from migrd.engine.ports import TlsIdentity
+from migrd.errors import VmmRefused
 
 MEMORY = MemoryMap.of([(0, 0, 100 * PAGE_BYTES), (1, 1 << 32, 300 * PAGE_BYTES)])
 """Pages 0 to 99, and 128 to 427."""
@@ -50,3 +55,21 @@ def test_a_log_may_come_in_parts_and_a_page_table_see_the_rest() -> None:
     parts = [OfferedDeviceLog(0, ranges(run), 4096) for run in ((0, 50), (50, 50), (128, 300))]
     assert unwatched(1, *parts) == 0
     assert unwatched(2, *parts, OfferedHwpt(0, 1, ranges((128, 300)), 4096)) == 100
+
+
+@pytest.mark.parametrize(
+    ("tls", "peer_name", "has_identity", "why"),
+    [
+        (False, "host-b", True, "is to be plain"),
+        (True, "host-b", False, "no TLS identity"),
+        (True, "", True, "with whom is not said"),
+    ],
+)
+def test_encryption_is_never_less_than_this_host_asks_for(
+    tls: bool, peer_name: str, has_identity: bool, why: str
+) -> None:
+    """The settings come from the other host, which might be made to ask for less."""
+    identity = TlsIdentity("/nowhere") if has_identity else None
+    settings = TransferSettings(0.3, 0, tls=tls, peer_name=peer_name)
+    with pytest.raises(VmmRefused, match=why):
+        refuse_unfit(settings, identity)
