@@ -182,7 +182,6 @@ class QemuLauncher:
                 record, probed = await in_thread(self._spawn, start, started)
             known = self._hold(at, spec, watched(started.pop()), record, probed)
             await verify_started(known, at, incoming=incoming, within_s=self._start_deadline_s)
-            known.machine.is_new = True
             self._known[key] = known  # before it is no longer `launching`: `find` looks in a thread
         except BaseException as cause:
             self._locked_bytes.pop(key, None)

@@ -140,6 +140,7 @@ async def _verify(known: Known, at: Instance, incoming: bool, deadline_s: float)
     run_state = RunState.of(json_object(answer).get("status"))
     if incoming and run_state is not RunState.INMIGRATE:
         raise VmmUnreachable(f"it does not wait for a guest: its run state is {run_state.value}")
+    machine.is_new = True
 
 
 async def _listener(at: Instance, deadline_s: float) -> int:
