@@ -156,7 +156,8 @@ def data_in(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
         try:
             data = os.lseek(fd, offset, os.SEEK_DATA)
         except OSError as failure:
-            if failure.errno != errno.ENXIO:  # ENXIO: only a hole follows
+            # ENXIO: only a hole follows, or the file was cut short, which reading it will tell
+            if failure.errno != errno.ENXIO or os.fstat(fd).st_size < end:
                 yield offset, end - offset  # a file that does not tell: all of it may be data
             return
         first = max(offset, data // PAGE_BYTES * PAGE_BYTES)

@@ -313,3 +313,15 @@ async def whole_transfer(of: Guest, source: Sender) -> None:
     await source.send(of.memory.full(), stable=True)
     await source.send_device_data("nic", b"x")
     await source.finish()
+
+
+@pytest.mark.parametrize("pages_left", [0, 5, 63])
+async def test_memory_that_was_cut_short_is_no_hole(pages_left: int) -> None:
+    """Its pages would arrive as zeros."""
+    with guest(64) as here:
+        here.write(0, b"there")
+        async with connected(here, Owner()) as (source, _):
+            (fd,) = here.fds.values()
+            os.ftruncate(fd, pages_left * PAGE)
+            with pytest.raises(StreamError, match="cut short"):
+                await source.send(here.memory.full(), stable=False)
