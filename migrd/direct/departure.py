@@ -358,7 +358,7 @@ class Departure:
             self._enter(QemuStatus.CANCELLING)  # told first: from here on the guest may run
             await self._let_run_again()
         await self._tidy_up(error or "the migration was cancelled")
-        self.error = error
+        self.error, self._sender, self._harvest = error, None, None  # their bitmaps may be large
         if error is not None:
             self._log.warning("the transfer failed", cause=error)
         self._enter(status)
