@@ -1,14 +1,18 @@
-"""Python, launch profiles, and the QEMUs that they name."""
+"""Python, launch profiles, and the QEMUs and programs that they name."""
 
 import asyncio
+import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from migrd.config import Settings, Tls
 from migrd.core.facts import REQUIRED_FEATURES, Feature
+from migrd.direct.profile import DirectProfile
+from migrd.direct.profile_files import load_direct_profiles
 from migrd.doctor.finding import Check, Finding, fail, ok, warn
 from migrd.errors import ConfigError, VmmError
 from migrd.qemu.probe import Prober
@@ -40,19 +44,35 @@ def look_at_python(version: tuple[int, ...] = tuple(sys.version_info[:3])) -> Fi
 
 
 def look_at_profiles(settings: Settings) -> Iterable[Finding]:
-    """Blocking. The profiles, then each QEMU that they name, once."""
+    """Blocking. The profiles, then each QEMU and program that they name, once."""
     directory = settings.host.profiles_dir
     try:
         profiles = load_profiles(directory).by_name
+        direct = load_direct_profiles(directory).by_name
     except ConfigError as error:
         cure = f"mend the files in {directory} and run this again"
         return [fail("launch profiles", error.message, cure)]
-    if not profiles:
+    if not profiles and not direct:
         message = f"none in {directory}: migrd can launch no VM, nor take one from another host"
         cure = f"put a launch profile there; see config/profiles/ for examples: {directory}/*.toml"
         return [warn("launch profiles", message, cure)]
-    listed = ok("launch profiles", f"{', '.join(sorted(profiles))} in {directory}")
-    return [listed, *asyncio.run(_look_at_qemus(profiles.values(), settings))]
+    names = ", ".join(sorted([*profiles, *direct]))
+    return [
+        ok("launch profiles", f"{names} in {directory}"),
+        *_look_at_programs(direct.values()),
+        *asyncio.run(_look_at_qemus(profiles.values(), settings)),
+    ]
+
+
+def _look_at_programs(profiles: Iterable[DirectProfile]) -> Iterator[Finding]:
+    """Of the direct engine: nothing is started."""
+    for program in sorted({profile.command[0] for profile in profiles}):
+        name = f"program {program}"
+        if not Path(program).is_file() or not os.access(program, os.X_OK):
+            message = "it is not there, or cannot be executed"
+            yield fail(name, message, "install it, or mend `command` in the launch profile")
+        else:
+            yield ok(name, "can be executed")
 
 
 async def _look_at_qemus(profiles: Iterable[LaunchProfile], settings: Settings) -> list[Finding]:

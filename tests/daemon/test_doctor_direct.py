@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from migrd.config import Settings
 from migrd.direct.guest_memory import WriteTracking
 from migrd.doctor import direct
 from migrd.doctor.direct import look_at_bitmaps, look_at_tracking
 from migrd.doctor.finding import Status
+from migrd.doctor.software import look_at_profiles
 
 
 def test_this_kernel_tells_what_a_process_wrote() -> None:
@@ -43,3 +47,15 @@ def test_bitmaps_without_the_extension_are_told_of_with_the_cure() -> None:
     slow = look_at_bitmaps("numpy")
     assert slow.status is Status.WARN
     assert "gcc" in slow.cure
+
+
+def test_a_host_with_processes_alone_needs_no_qemu(tmp_path: Path) -> None:
+    """Profiles of the direct engine count, and what they name is looked at."""
+    settings = Settings.model_validate({"host": {"profiles_dir": tmp_path}})
+    text = 'engine = "direct"\ndescription = "a guest"\nkind = "k-1"\nmemory_mib = 1\n'
+    (tmp_path / "thing.toml").write_text(text + 'command = ["/bin/sh"]\n')
+    found = list(look_at_profiles(settings))
+    assert [finding.status for finding in found] == [Status.OK, Status.OK]
+    (tmp_path / "thing.toml").write_text(text + 'command = ["/no/such/program"]\n')
+    _, program = look_at_profiles(settings)
+    assert (program.status, program.name) == (Status.FAIL, "program /no/such/program")
