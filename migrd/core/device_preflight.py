@@ -79,7 +79,7 @@ def _unnamed(source: SourceFacts) -> tuple[Refusal, ...]:
     QEMU's own checks let some be moved whose DMA is lost (H2, H3). Someone may accept that."""
     named = {device.id for device in source.spec.devices}
     has = [id_ for id_ in source.vm.passthrough_devices if id_ not in named]
-    if not has or not source.is_as_it_is:
+    if not has or not source.is_as_it_is or source.vm.watches_dma:
         return ()
     vm = source.spec.name
     unnamed = Refusal(

@@ -123,8 +123,7 @@ class PassthroughFacts:
     device_state: str | None = None
     """The last that was told, in QEMU's word, be it one never met; None: nothing was told."""
     was_reset: bool = False
-    """QEMU could not move its state, reset it and let the guest run on: what the guest had set up
-    in it is lost."""
+    """QEMU reset it, its state could not be moved: what the guest had set up in it is lost."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,7 @@ class VmFacts:
     features: frozenset[Feature]
     passthrough_devices: tuple[str, ...] = ()
     """QOM ids of VFIO devices; not empty means: no postcopy."""
+    watches_dma: bool = False  # it handed over who does; where nobody does is a blocked reason
     devices: tuple[PassthroughFacts, ...] = ()
     """The same devices, each with what is said of it."""
     blocked_reasons: tuple[str, ...] = ()

@@ -198,7 +198,7 @@ class Arrival:
                 code="other_kind",
             )
         client = await self._guest.connected(within_s=RECONNECT_S)
-        offered = client.devices if client.has_offered else ()
+        offered = client.devices if "devices" in client.features else ()
         missing = sorted(set(manifest.devices) - {device.id for device in offered})
         if missing:
             raise ReceiveError(

@@ -226,9 +226,15 @@ class DirectClient:
 
     def _hand_over(self, link: ClientLink) -> None:
         names = self._vm, self._instance, self._migration_id
-        link.send(Hello(self._state, self._features, *names))
+        features = self._features
+        if self._state is _INCOMING and self._devices:
+            features |= Features.DEVICES
+        link.send(Hello(self._state, features, *names))
         if self._state is not _INCOMING:
             self._offer(link)
+        elif self._devices:
+            self._offer_devices(link)
+            link.send(OfferEnd(0, 0, len(self._devices)))
         self._welcome(link)
 
     def _welcome(self, link: ClientLink) -> None:
@@ -252,10 +258,13 @@ class DirectClient:
                 head = source.kind, source.hwpt_id, source.page_size_bytes
                 link.send(SourceMessage(*head, ranges), fd=source.fd)
                 sources += 1
-        for name, fd in self._devices.items():
-            link.send(DeviceMessage(name), fd=fd)
+        self._offer_devices(link)
         link.send(OfferEnd(len(self._regions), sources, len(self._devices)))
         self._has_offered = True
+
+    def _offer_devices(self, link: ClientLink) -> None:
+        for name, fd in self._devices.items():
+            link.send(DeviceMessage(name), fd=fd)
 
     def _serve(self, link: ClientLink) -> bool:
         """Take one message; False: the library was stopped."""

@@ -25,6 +25,7 @@ import asyncio
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 import structlog
@@ -102,7 +103,10 @@ class HandedOver:
     ) -> None:
         self._connection = connection
         self._process = process
-        self._offer = offer
+        is_waiting = hello.state is ClientState.INCOMING
+        self._waiting = offer if is_waiting else None
+        """Devices for the guest to come, and nothing else."""
+        self._offer = None if is_waiting else offer
         self._kinds = kinds
         self._most_state_bytes = most_state_bytes
         self._asked: dict[int, tuple[Ask, asyncio.Future[_Answered]]] = {}
@@ -189,7 +193,9 @@ class HandedOver:
 
     @property
     def devices(self) -> tuple[OfferedDevice, ...]:
-        return self.offer.devices
+        """Of a process that waits for its guest too."""
+        waiting = self._waiting if self._offer is None else None
+        return self.offer.devices if waiting is None else waiting.devices
 
     @contextmanager
     def held(self) -> Iterator["HandedOver"]:
@@ -295,7 +301,8 @@ class HandedOver:
 
     def accept(self, offer: Offer) -> None:
         """An incoming process that runs now has handed over its memory."""
-        self._offer = offer
+        earlier = () if self._waiting is None else self._waiting.devices
+        self._offer = replace(offer, earlier_devices=earlier)
 
     def refuse(self, code: ErrorCode, why: str) -> None:
         """Tell the process what is wrong with what it does, and hang up."""
@@ -333,7 +340,7 @@ class HandedOver:
             return None
         self._is_closed = True
         self._process.close()
-        return self._offer
+        return self._offer or self._waiting
 
     def _lost(self, what: str) -> VmmDied | VmmUnreachable:
         text = f"{self.vm}: {what.lower()} was not answered: process {self.pid}"

@@ -45,7 +45,8 @@ What the words mean
              3 incoming   empty: waits to be given a guest
              4 loaded     memory and state of a guest are here, it has not executed
              5 departed   it stands still, and was given away in `migration_id`
-    features bit 0: throttle. Unknown bits are ignored.
+    features bit 0: throttle. Bit 1, of an incoming process: it has devices for the guest to come,
+             and hands them over (nothing else) before it is welcomed. Unknown bits are ignored.
     kind     of a source: 1 process: fd of /proc/self/pagemap, addresses are virtual, and the VMM
              has registered them with a userfaultfd of its own (UFFD_FEATURE_WP_ASYNC, WP mode) that
              it keeps open; 2 iommufd page table: fd of /dev/iommu, object id the HWPT's, addresses
@@ -60,15 +61,15 @@ A conversation
 
     VMM                                  migrd
      | HELLO                              |   within the hand-over deadline (10 s), all of it
-     | REGION..., SOURCE..., DEVICE...    |   none of them when `incoming`
-     | OFFER_END                          |   none when `incoming`
+     | REGION..., SOURCE..., DEVICE...    |   when `incoming` none of them; by feature bit 1
+     | OFFER_END                          |   DEVICE... and OFFER_END
      |                            WELCOME |   or ERROR, and the end
      |                                    |
      |                    ask (serial 7)  |   asks may follow each other without waiting;
      | ANSWER (serial 7)                  |   the VMM answers each once, in order
      | EVENT                              |   at any time behind WELCOME
 
-    An incoming process that was RESUMEd offers its memory: REGION... to OFFER_END, on the same
+    An incoming process that was RESUMEd offers all it has: REGION... to OFFER_END, on the same
     connection, answered by WELCOME. From then on it is like any other.
 
     state      | may be asked (else: refused)                    | leads to
@@ -207,6 +208,7 @@ class ErrorCode(IntEnum):
 
 class Features(IntFlag):
     THROTTLE = 1
+    DEVICES = 2
 
 
 class Message:

@@ -101,12 +101,14 @@ class Offer:
     """Where in its file each region begins, in bytes."""
     sources: tuple[OfferedSource, ...]
     devices: tuple[OfferedDevice, ...]
+    earlier_devices: tuple[OfferedDevice, ...] = ()
+    """The same, as they were handed over while the process waited for its guest."""
 
     def descriptors(self) -> tuple[int, ...]:
         return (
             *self.region_fds.values(),
             *(_fd_of(source) for source in self.sources),
-            *(device.device_fd for device in self.devices),
+            *(device.device_fd for device in (*self.devices, *self.earlier_devices)),
         )
 
     def close_descriptors(self) -> None:
@@ -142,13 +144,7 @@ class OfferBuilder:
 
     def checked(self, end: OfferEnd) -> Offer:
         """The whole offer. Blocking (looks at descriptors). Raises Invalid."""
-        sent = len(self._regions), len(self._sources), len(self._devices)
-        if sent != (end.regions, end.sources, end.devices):
-            said = f"{end.regions} regions, {end.sources} sources, {end.devices} devices"
-            raise Invalid(
-                f"OFFER_END: says {said}, and {sent[0]}, {sent[1]}, {sent[2]} came; count what "
-                "was sent"
-            )
+        self._check_counts(end)
         memory = self._memory()
         regions = {region.id: region for region in memory.regions}
         sources = tuple(
@@ -156,8 +152,7 @@ class OfferBuilder:
             for number, (message, fd) in enumerate(self._sources)
         )
         _check_all_is_watched(memory, sources)
-        devices = tuple(self._device(message, fd) for message, fd in self._devices)
-        _check_unlike([device.id for device in devices], "device id")
+        devices = self._checked_devices()
         return Offer(
             memory,
             {message.id: fd for message, fd in self._regions},
@@ -165,6 +160,27 @@ class OfferBuilder:
             sources,
             devices,
         )
+
+    def checked_devices(self, end: OfferEnd) -> Offer:
+        """The devices of a process that waits for its guest. Blocking. Raises Invalid."""
+        self._check_counts(end)
+        if self._regions or self._sources:
+            raise Invalid("state: incoming, and memory came; hand over devices, and nothing else")
+        return Offer(MemoryMap(()), {}, {}, (), self._checked_devices())
+
+    def _check_counts(self, end: OfferEnd) -> None:
+        sent = len(self._regions), len(self._sources), len(self._devices)
+        if sent != (end.regions, end.sources, end.devices):
+            said = f"{end.regions} regions, {end.sources} sources, {end.devices} devices"
+            raise Invalid(
+                f"OFFER_END: says {said}, and {sent[0]}, {sent[1]}, {sent[2]} came; count what "
+                "was sent"
+            )
+
+    def _checked_devices(self) -> tuple[OfferedDevice, ...]:
+        devices = tuple(self._device(message, fd) for message, fd in self._devices)
+        _check_unlike([device.id for device in devices], "device id")
+        return devices
 
     def close(self) -> None:
         """Close what is still ours."""

@@ -179,6 +179,7 @@ class DirectVmm:
             memory_bytes=self.guest.about.memory_limit_bytes if memory is None else memory.bytes,
             features=frozenset(features),
             passthrough_devices=ids,
+            watches_dma=True,
             devices=tuple(PassthroughFacts(id_) for id_ in ids),
             blocked_reasons=tuple(blocked_reasons(client)),
             pid=self.pid,

@@ -99,6 +99,12 @@ PROVOKED: dict[str, dict[str, Any]] = {
 }
 
 
+def test_devices_that_nobody_named_are_moved_if_their_vmm_says_who_watches_them() -> None:
+    devices = {"passthrough_devices": ("serial0",)}
+    assert codes(source=vm(**devices)) == ["devices_not_named"]
+    assert codes(source=vm(**devices, watches_dma=True)) == []
+
+
 def test_hosts_that_fit_have_nothing_to_refuse() -> None:
     result = check(REQUEST, SOURCE, DESTINATION)
     assert result.passed

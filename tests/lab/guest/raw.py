@@ -32,7 +32,8 @@ MOCK_PAGE_BYTES = 2048  # the mock's own; asked with another size it marks the w
 _DESTROY, _IOAS_ALLOC, _HWPT_ALLOC, _HW_INFO = 0x3B80, 0x3B81, 0x3B89, 0x3B8A
 _IOAS_MAP, _FIXED_RW = 0x3B85, 7
 _SET_DIRTY, _GET_DIRTY, _TEST = 0x3B8B, 0x3B8C, 0x3BA0
-_BIND, _ATTACH = 0x3B76, 0x3B77
+_FEATURE, _BIND, _ATTACH = 0x3B75, 0x3B76, 0x3B77
+_GET_MIG_STATE = 1 << 16 | 2  # VFIO_DEVICE_FEATURE_GET of MIG_DEVICE_STATE
 _OP_MOCK_DOMAIN_FLAGS, _OP_DIRTY = 12, 13
 _MTTY = Path("/sys/devices/virtual/mtty/mtty/mdev_supported_types")
 _PCI = Path("/sys/bus/pci/devices")
@@ -74,8 +75,12 @@ class Iommufd:
         view = ctypes.c_char.from_buffer(memory)
         where = ctypes.addressof(view)
         del view
-        _call(self.fd, _IOAS_MAP, "=IIIIQQQ", _FIXED_RW, ioas_id, 0, where, length, iova)
+        self.map_at(ioas_id, iova, where, length)
         return memory
+
+    def map_at(self, ioas_id: int, iova: int, where: int, length: int) -> None:
+        """Map memory of this process, which must outlive the mapping."""
+        _call(self.fd, _IOAS_MAP, "=IIIIQQQ", _FIXED_RW, ioas_id, 0, where, length, iova)
 
     def set_tracking(self, hwpt_id: int, on: bool) -> None:
         _call(self.fd, _SET_DIRTY, "=IIII", int(on), hwpt_id, 0)
@@ -124,6 +129,14 @@ class Vfio:
 
     def attach(self, page_table_id: int) -> int:
         return _call(self.fd, _ATTACH, "=III", 0, page_table_id)[2]
+
+    def state(self) -> int:
+        return state_of(self.fd)
+
+
+def state_of(vfio_fd: int) -> int:
+    """Migration state of a bound device, as vfio.h numbers them."""
+    return _call(vfio_fd, _FEATURE, "=IIIi", _GET_MIG_STATE, 0, -1)[2]
 
 
 @dataclass(frozen=True)
