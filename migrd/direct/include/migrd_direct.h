@@ -606,6 +606,14 @@ static int migrd__offer_tracker(migrd_client *client, int link, const migrd__tra
     return 0;
 }
 
+static int migrd__offer_devices(migrd_client *client, int link, migrd__offer_end *end) {
+    for (size_t i = 0; i < client->device_count; i++, end->devices++)
+        if (migrd__send(client, link, MIGRD__DEVICE, 0, &client->devices[i].name,
+                        sizeof(migrd__name), NULL, 0, client->devices[i].fd) < 0)
+            return -1;
+    return migrd__send(client, link, MIGRD__OFFER_END, 0, end, sizeof *end, NULL, 0, -1);
+}
+
 static int migrd__offer_all(migrd_client *client, int link, migrd__range *watched) {
     migrd__offer_end end = {0, 0, 0, 0};
     migrd__tracker process = {1, 0, MIGRD__PAGE, client->pagemap, watched, client->region_count};
@@ -621,24 +629,24 @@ static int migrd__offer_all(migrd_client *client, int link, migrd__range *watche
     if (migrd__offer_tracker(client, link, &process, &end) < 0) return -1;
     for (size_t i = 0; i < client->tracker_count; i++)
         if (migrd__offer_tracker(client, link, &client->trackers[i], &end) < 0) return -1;
-    for (size_t i = 0; i < client->device_count; i++, end.devices++)
-        if (migrd__send(client, link, MIGRD__DEVICE, 0, &client->devices[i].name,
-                        sizeof(migrd__name), NULL, 0, client->devices[i].fd) < 0)
-            return -1;
     client->has_offered = 1;
-    return migrd__send(client, link, MIGRD__OFFER_END, 0, &end, sizeof end, NULL, 0, -1);
+    return migrd__offer_devices(client, link, &end);
 }
 
+/* Of a process that waits: the devices that the guest is to find, if it has any. */
 static int migrd__offer(migrd_client *client, int link) {
+    migrd__offer_end end = {0, 0, 0, 0};
+    if (migrd_is_incoming(client))
+        return client->device_count ? migrd__offer_devices(client, link, &end) : 0;
     migrd__range *watched = (migrd__range *)calloc(client->region_count + 1, sizeof *watched);
     int sent = watched ? migrd__offer_all(client, link, watched) : migrd__fail(client, "memory");
     free(watched);
     return sent;
 }
 
-/* The offer, where there is memory, and the daemon's WELCOME. */
+/* The offer, where there is something to offer, and the daemon's WELCOME. */
 static int migrd__introduce(migrd_client *client, int link, migrd__packet *packet) {
-    int failed = migrd_is_incoming(client) ? 0 : migrd__offer(client, link);
+    int failed = migrd__offer(client, link);
     /* where sending failed the daemon has hung up, and has said why */
     if (migrd__receive(client, link, failed ? 0 : MIGRD__DAEMON_S * 1000, packet) || failed) return -1;
     if (packet->header.type == MIGRD__WELCOME && packet->header.length == sizeof client->most_state) {
@@ -875,6 +883,7 @@ static int migrd__converse(migrd_client *client, int link, migrd__packet *packet
     memset(&hello, 0, sizeof hello);
     hello.state = (uint32_t)migrd_where(client);
     hello.features = client->vmm.throttles ? 1 : 0;
+    if (migrd_is_incoming(client) && client->device_count) hello.features |= 2; /* they follow */
     migrd__copy(hello.vm.text, sizeof hello.vm.text, client->vmm.name);
     migrd__copy(hello.instance.text, sizeof hello.instance.text, client->instance);
     hello.migration_id = client->migration_id;
