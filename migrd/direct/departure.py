@@ -355,7 +355,6 @@ class Departure:
             self._log.warning("the transfer is complete, not all is tidied up", cause=error)
             return
         if not self._is_given_away:
-            self._enter(QemuStatus.CANCELLING)  # told first: from here on the guest may run
             await self._let_run_again()
         await self._tidy_up(error or "the migration was cancelled")
         self.error, self._sender, self._harvest = error, None, None  # their bitmaps may be large
@@ -375,6 +374,7 @@ class Departure:
         for _ in range(RESUME_TRIES):
             try:
                 client = await self._guest.connected(within_s=RECONNECT_S)
+                self._enter(QemuStatus.CANCELLING)  # told first: from here on the guest may run
                 await client.resume()
             except VmmError as failure:
                 self._log.warning("the guest is not resumed yet", cause=failure.message)
