@@ -184,10 +184,7 @@ def lay_out(
         for part in ("tls", "profiles", "state", "run", "firmware"):
             (host.directory / part).mkdir(parents=True, mode=0o700)
         _write_identity(authority, host)
-        firmware_dir = directory / "firmware"
-        places = {"binary": binary, "machine": machine, "firmware_dir": firmware_dir}
-        text = profile.format(**places, dir=host.directory, python=sys.executable)
-        (host.directory / "profiles" / "demo.toml").write_text(text)
+        _write_profile(host, profile, binary=binary, machine=machine)
         lines = (more or {}).get(host.name, {})
         values = {
             "name": host.name,
@@ -202,6 +199,17 @@ def lay_out(
         host.config.write_text(CONFIG.format(**values) + lines.get("end", ""))
     (directory / "firmware").mkdir(mode=0o700)
     return hosts[0], hosts[1]
+
+
+def _write_profile(host: Host, profile: str, *, binary: str, machine: str) -> None:
+    text = profile.format(
+        binary=binary,
+        machine=machine,
+        firmware_dir=host.directory.parent / "firmware",
+        dir=host.directory,
+        python=sys.executable,
+    )
+    (host.directory / "profiles" / "demo.toml").write_text(text)
 
 
 def _write_identity(authority: trustme.CA, host: Host) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from migrd.engine.ports import Vmm
 from migrd.engine.threads import in_thread
 from tests.contract.direct_world import DirectWorld
 from tests.contract.vmm_world import FakeWorld, RealWorld, World, dirtying_guest
@@ -22,10 +23,10 @@ REAL = {"7.2": "7.2", "10.0": "10"}
         pytest.param("real 10.0", marks=pytest.mark.real),
     ]
 )
-async def world(request: pytest.FixtureRequest, short_tmp_path: Path) -> AsyncIterator[World]:
+async def world(request: pytest.FixtureRequest, short_tmp_path: Path) -> AsyncIterator[World[Vmm]]:
     kind, version = request.param.split()
     if kind == "fake":
-        world: World = FakeWorld(version, short_tmp_path)
+        world: World[Vmm] = FakeWorld(version, short_tmp_path)
     elif kind == "direct":
         world = DirectWorld(short_tmp_path)
     else:

@@ -25,7 +25,7 @@ MEMORY_MIB = 64
 WORKING_SET_MIB = 8
 
 
-class DirectWorld(World):
+class DirectWorld(World[Vmm]):
     version = "direct"
     machine_type = "demo-1"
 

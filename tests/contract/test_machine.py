@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 
@@ -18,6 +19,8 @@ from migrd.core.facts import (
 from migrd.engine.ports import TransferFeed, Vmm
 from migrd.errors import VmmDied, VmmRefused, VmmTimedOut
 from tests.contract.vmm_world import LATER, MIB, World
+
+V = TypeVar("V", bound=Vmm)
 
 WITHIN_S = 20.0
 FAST = TransferSettings(
@@ -72,14 +75,14 @@ async def status_reached(machine: Vmm, *statuses: QemuStatus) -> TransferSample:
     return now
 
 
-async def prepared(world: World, settings: TransferSettings) -> tuple[Vmm, Vmm, TransferAddress]:
+async def prepared(world: World[V], settings: TransferSettings) -> tuple[V, V, TransferAddress]:
     source, destination = await world.source(), await world.destination()
     address = await destination.prepare_incoming(settings, None, "127.0.0.1")
     await source.prepare_outgoing(settings, None)
     return source, destination, address
 
 
-async def test_facts_say_what_runs_and_what_it_offers(world: World) -> None:
+async def test_facts_say_what_runs_and_what_it_offers(world: World[Vmm]) -> None:
     source, destination = await world.source(), await world.destination()
     facts = await source.facts()
     assert facts.is_running
@@ -95,7 +98,7 @@ async def test_facts_say_what_runs_and_what_it_offers(world: World) -> None:
 
 @pytest.mark.parametrize("channels", [0, 2])
 async def test_the_guest_moves_and_waits_on_both_sides_for_the_engine(
-    world: World, channels: int
+    world: World[Vmm], channels: int
 ) -> None:
     settings = replace(FAST, multifd_channels=channels)
     source, destination, address = await prepared(world, settings)
@@ -117,7 +120,7 @@ async def test_the_guest_moves_and_waits_on_both_sides_for_the_engine(
     assert source.is_dead
 
 
-async def test_every_status_comes_in_order_and_rounds_are_seen(world: World) -> None:
+async def test_every_status_comes_in_order_and_rounds_are_seen(world: World[Vmm]) -> None:
     source, _destination, address = await prepared(world, ENDLESS)
     statuses: list[QemuStatus] = []
     syncs: set[int] = set()
@@ -144,7 +147,7 @@ async def test_every_status_comes_in_order_and_rounds_are_seen(world: World) -> 
         await status_seen(feed, QemuStatus.CANCELLED)
 
 
-async def test_limits_take_effect_while_it_runs(world: World) -> None:
+async def test_limits_take_effect_while_it_runs(world: World[Vmm]) -> None:
     source, _destination, address = await prepared(world, ENDLESS)
     async with source.feed() as feed:
         await source.start_outgoing(address)
@@ -160,7 +163,7 @@ async def test_limits_take_effect_while_it_runs(world: World) -> None:
         await source.cancel_transfer()
 
 
-async def test_a_throttled_guest_converges(world: World) -> None:
+async def test_a_throttled_guest_converges(world: World[Vmm]) -> None:
     settings = replace(ENDLESS, auto_converge=True, downtime_limit_s=0.3)
     source, _destination, address = await prepared(world, settings)
     async with source.feed() as feed:
@@ -172,7 +175,7 @@ async def test_a_throttled_guest_converges(world: World) -> None:
 
 
 async def test_a_cancel_while_paused_before_the_switchover_brings_the_guest_back(
-    world: World,
+    world: World[Vmm],
 ) -> None:
     source, destination, address = await prepared(world, FAST)
     async with source.feed() as feed:
@@ -200,7 +203,7 @@ async def test_a_cancel_while_paused_before_the_switchover_brings_the_guest_back
     await state_reached(another, RunState.PAUSED)
 
 
-async def test_a_migration_to_nobody_is_accepted_and_fails_in_the_feed(world: World) -> None:
+async def test_a_migration_to_nobody_is_accepted_and_fails_in_the_feed(world: World[Vmm]) -> None:
     source = await world.source()
     await source.prepare_outgoing(FAST, None)
     async with source.feed() as feed:
@@ -212,7 +215,9 @@ async def test_a_migration_to_nobody_is_accepted_and_fails_in_the_feed(world: Wo
     await world.nothing_is_left_behind(source)
 
 
-async def test_a_destination_that_dies_in_precopy_leaves_the_guest_running(world: World) -> None:
+async def test_a_destination_that_dies_in_precopy_leaves_the_guest_running(
+    world: World[Vmm],
+) -> None:
     source, destination, address = await prepared(world, ENDLESS)
     async with source.feed() as feed:
         await source.start_outgoing(address)
@@ -226,7 +231,7 @@ async def test_a_destination_that_dies_in_precopy_leaves_the_guest_running(world
 
 
 async def test_a_destination_that_dies_while_the_source_is_paused_is_found_at_the_switchover(
-    world: World,
+    world: World[Vmm],
 ) -> None:
     source, destination, address = await prepared(world, FAST)
     async with source.feed() as feed:
@@ -242,7 +247,7 @@ async def test_a_destination_that_dies_while_the_source_is_paused_is_found_at_th
 
 
 @pytest.mark.parametrize("channels", [0, 2])
-async def test_a_stalled_switchover_is_freed_out_of_band(world: World, channels: int) -> None:
+async def test_a_stalled_switchover_is_freed_out_of_band(world: World[Vmm], channels: int) -> None:
     settings = replace(FAST, multifd_channels=channels)
     source, _destination, address = await prepared(world, settings)
     link = await world.link(address)
@@ -261,14 +266,14 @@ async def test_a_stalled_switchover_is_freed_out_of_band(world: World, channels:
             await seen(feed, lambda s: s.run_state is RunState.RUNNING, "the guest running again")
 
 
-async def test_a_destination_prepared_twice_listens_once(world: World) -> None:
+async def test_a_destination_prepared_twice_listens_once(world: World[Vmm]) -> None:
     destination = await world.destination()
     first = await destination.prepare_incoming(FAST, None, "127.0.0.1")
     assert await destination.prepare_incoming(FAST, None, "127.0.0.1") == first
     assert first.port > 0
 
 
-async def test_a_destination_that_has_had_its_migration_takes_no_other(world: World) -> None:
+async def test_a_destination_that_has_had_its_migration_takes_no_other(world: World[Vmm]) -> None:
     source, destination, address = await prepared(world, FAST)
     async with source.feed() as feed:
         await source.start_outgoing(address)
@@ -280,7 +285,7 @@ async def test_a_destination_that_has_had_its_migration_takes_no_other(world: Wo
         await destination.prepare_incoming(FAST, None, "127.0.0.1")
 
 
-async def test_preparing_a_source_twice_is_the_same_as_once(world: World) -> None:
+async def test_preparing_a_source_twice_is_the_same_as_once(world: World[Vmm]) -> None:
     source, _destination, address = await prepared(world, FAST)
     await source.prepare_outgoing(FAST, None)
     async with source.feed() as feed:
@@ -289,13 +294,13 @@ async def test_preparing_a_source_twice_is_the_same_as_once(world: World) -> Non
         await source.cancel_transfer()
 
 
-async def test_a_vm_without_incoming_refuses_to_be_a_destination(world: World) -> None:
+async def test_a_vm_without_incoming_refuses_to_be_a_destination(world: World[Vmm]) -> None:
     source = await world.source()
     with pytest.raises(VmmRefused, match="incoming"):
         await source.prepare_incoming(FAST, None, "127.0.0.1")
 
 
-async def test_encryption_without_an_identity_is_refused_and_never_plain(world: World) -> None:
+async def test_encryption_without_an_identity_is_refused_and_never_plain(world: World[Vmm]) -> None:
     source, destination = await world.source(), await world.destination()
     encrypted = replace(FAST, tls=True, peer_name="other")
     with pytest.raises(VmmRefused, match="no TLS identity") as caught:
@@ -305,7 +310,7 @@ async def test_encryption_without_an_identity_is_refused_and_never_plain(world: 
         await destination.prepare_incoming(encrypted, None, "127.0.0.1")
 
 
-async def test_a_feed_tells_of_the_death_of_its_qemu(world: World) -> None:
+async def test_a_feed_tells_of_the_death_of_its_qemu(world: World[Vmm]) -> None:
     source = await world.source()
     async with source.feed() as feed:
         await status_seen(feed, QemuStatus.NONE)
@@ -317,7 +322,7 @@ async def test_a_feed_tells_of_the_death_of_its_qemu(world: World) -> None:
     await source.quit()  # nothing left to do
 
 
-async def test_a_feed_that_hears_nothing_new_says_so_in_time(world: World) -> None:
+async def test_a_feed_that_hears_nothing_new_says_so_in_time(world: World[Vmm]) -> None:
     destination = await world.destination()
     async with destination.feed() as feed:
         assert await feed.newer(within_s=5) is not None

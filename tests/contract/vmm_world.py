@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Generic, TypeVar
 
 from migrd.core.facts import Feature, TransferAddress
 from migrd.demo.image import GuestImage
@@ -27,6 +28,8 @@ from migrd.qemu.machine import Machine
 from tests.fakes.qmp_vm import FakeNetwork, FakeVm
 from tests.lab.freezing_proxy import freezing_proxy
 from tests.qemu.real import RealQemu, running_qemu, watch_child
+
+V_co = TypeVar("V_co", bound=Vmm, covariant=True)
 
 MIB = 1 << 20
 GUEST_DIRTIES_BYTES_PER_S = 20 * MIB
@@ -39,6 +42,19 @@ LATER = frozenset(
 )
 
 
+async def nothing_is_left_in(source: Vmm) -> None:
+    """Of a migration that did not happen, in a QEMU."""
+    assert isinstance(source, Machine)
+    await source.clean_outgoing()
+    monitor = source.monitor
+    states = await monitor.execute("query-migrate-capabilities")
+    assert [row["capability"] for row in states if row["state"]] == []
+    values = await monitor.execute("query-migrate-parameters")
+    assert (values["tls-creds"], values["max-bandwidth"]) == ("", 128 * MIB)
+    assert (values["max-cpu-throttle"], values["cpu-throttle-initial"]) == (99, 20)
+    await source.clean_outgoing()  # and once more does no harm
+
+
 @dataclass
 class Link:
     """What a source connects to; `freeze` lets nothing through any more."""
@@ -47,7 +63,7 @@ class Link:
     freeze: Callable[[], Awaitable[None]]
 
 
-class World(abc.ABC):
+class World(abc.ABC, Generic[V_co]):
     """Everything it makes ends with the `async with` around it."""
 
     version: str
@@ -60,13 +76,16 @@ class World(abc.ABC):
         self._stack = contextlib.AsyncExitStack()
 
     @abc.abstractmethod
-    async def source(self) -> Vmm: ...
+    async def source(self) -> V_co: ...
 
     @abc.abstractmethod
-    async def destination(self) -> Vmm: ...
+    async def destination(self) -> V_co: ...
 
     @abc.abstractmethod
     def kill(self, vmm: Vmm) -> None: ...
+
+    @abc.abstractmethod
+    async def link(self, address: TransferAddress) -> Link: ...
 
     @property
     def later_features(self) -> frozenset[Feature]:
@@ -75,24 +94,13 @@ class World(abc.ABC):
 
     async def nothing_is_left_behind(self, source: Vmm) -> None:
         """After clean_outgoing a VMM is as it was before the first migration of its life."""
-        assert isinstance(source, Machine)
-        await source.clean_outgoing()
-        monitor = source.monitor
-        states = await monitor.execute("query-migrate-capabilities")
-        assert [row["capability"] for row in states if row["state"]] == []
-        values = await monitor.execute("query-migrate-parameters")
-        assert (values["tls-creds"], values["max-bandwidth"]) == ("", 128 * MIB)
-        assert (values["max-cpu-throttle"], values["cpu-throttle-initial"]) == (99, 20)
-        await source.clean_outgoing()  # and once more does no harm
-
-    @abc.abstractmethod
-    async def link(self, address: TransferAddress) -> Link: ...
+        await nothing_is_left_in(source)
 
     async def close(self) -> None:
         await self._stack.aclose()
 
 
-class FakeWorld(World):
+class FakeWorld(World[Machine]):
     def __init__(self, version: str, directory: Path) -> None:
         super().__init__()
         self.version = version
@@ -147,7 +155,7 @@ class FakeWorld(World):
                 child.poll()
 
 
-class RealWorld(World):
+class RealWorld(World[Machine]):
     def __init__(
         self,
         version: str,

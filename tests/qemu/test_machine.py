@@ -28,14 +28,13 @@ from tests.contract.conftest import REAL
 from tests.contract.test_machine import (
     ENDLESS,
     FAST,
-    nothing_is_left_behind,
     prepared,
     seen,
     state_reached,
     status_reached,
     status_seen,
 )
-from tests.contract.vmm_world import MIB, RealWorld, dirtying_guest
+from tests.contract.vmm_world import MIB, RealWorld, dirtying_guest, nothing_is_left_in
 from tests.qemu.real import running_qemu
 
 pytestmark = pytest.mark.real
@@ -135,7 +134,7 @@ async def test_a_stranger_on_either_side_gets_no_guest(
     )
     assert status is QemuStatus.FAILED
     assert await source.run_state() is RunState.RUNNING
-    await nothing_is_left_behind(source)
+    await nothing_is_left_in(source)
 
 
 async def test_a_plain_stream_does_not_enter_an_encrypted_destination(
@@ -158,7 +157,7 @@ async def test_credentials_are_renewed_by_preparing_again_and_gone_after_cleanin
         row["name"] for row in await source.monitor.execute("qom-list", {"path": "/objects"})
     }
     assert TLS_ID in objects
-    await nothing_is_left_behind(source)
+    await nothing_is_left_in(source)
     objects = {
         row["name"] for row in await source.monitor.execute("qom-list", {"path": "/objects"})
     }
@@ -174,7 +173,7 @@ async def test_credentials_that_are_not_there_are_refused_with_qemus_reason(
     source = await world.source()
     with pytest.raises(VmmRefused, match=r"ca-cert\.pem|client-cert\.pem"):
         await source.prepare_outgoing(ENCRYPTED, TlsIdentity(str(tmp_path)))
-    await nothing_is_left_behind(source)
+    await nothing_is_left_in(source)
 
 
 async def test_the_defaults_we_go_back_to_are_those_of_a_fresh_qemu(world: RealWorld) -> None:
@@ -246,7 +245,7 @@ async def test_a_stalled_multifd_stream_that_no_cancel_ends_is_ended_by_yank(
         await source.free_stalled()
         await status_seen(feed, QemuStatus.CANCELLED, QemuStatus.FAILED)
     await state_reached(source, RunState.RUNNING)
-    await nothing_is_left_behind(source)
+    await nothing_is_left_in(source)
 
 
 @pytest.fixture(params=["7.2", "10.0"])
@@ -297,7 +296,7 @@ async def test_a_blocked_monitor_times_out_and_everything_works_after_the_yank(
         assert time.monotonic() - started_s < 2.0
     assert (await source.sample()).qemu_status is QemuStatus.FAILED
     assert source.monitor.unanswered == 0  # the late replies have come, and are dropped
-    await nothing_is_left_behind(source)
+    await nothing_is_left_in(source)
 
 
 async def test_quitting_ends_the_process_even_when_its_monitor_is_blocked(
