@@ -313,7 +313,10 @@ class Receiver:
         channel.refuse(failure)
 
     def _loading(self) -> None:
+        """Raises what has ended the transfer meanwhile: then nothing is loaded any more."""
         with self._lock:
+            if self._failure is not None:
+                raise self._failure
             self.status = ReceiverStatus.LOADING
 
     def _end(self, status: ReceiverStatus, failure: MigrdError) -> None:
