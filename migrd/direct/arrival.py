@@ -207,10 +207,14 @@ class Arrival:
                 code="devices_missing",
             )
         self.memory = manifest.memory
+        before, self._devices = self._devices, None
+        if before is not None:  # of a session that was lost
+            await before.close()
         if manifest.devices:
-            wanted = [device for device in offered if device.id in manifest.devices]
-            self._devices = DestinationDevices(wanted, self._parts.open_device)
-            await self._devices.begin()
+            with client.held():
+                wanted = [device for device in offered if device.id in manifest.devices]
+                self._devices = DestinationDevices(wanted, self._parts.open_device)
+                await self._devices.begin()
         self._tell()
 
     async def take_device_data(self, device: str, chunk: bytes) -> None:
