@@ -253,6 +253,8 @@ class DirectVmm:
 
     async def clean_outgoing(self) -> None:
         self._settings = self._tls = None
+        if "throttle" in (await self.guest.connected()).features:  # by an earlier daemon, maybe
+            await self.set_throttle(0)
 
     async def set_limits(
         self,
@@ -332,8 +334,7 @@ class DirectVmm:
             )
         context = await stream_context(destination_context, settings, tls)
         limits = self._limits_of_arrival()
-        tell = self._feeds.tell
-        arrival = Arrival(self.guest, settings, context, self._parts, limits, tell)
+        arrival = Arrival(self.guest, settings, context, self._parts, limits, self._feeds.tell)
         address = await arrival.listen(listen_host, ports)
         self._arrival = arrival
         self._feeds.tell()
@@ -390,8 +391,7 @@ class DirectVmm:
         if not self._process.is_dead:
             self._process.kill()
             if not await self._process.wait_dead(within_s=KILL_GRACE_S):
-                text = f"the process of {self.vm} was not seen to exit (pid {self.pid})"
-                raise VmmTimedOut(text)
+                raise VmmTimedOut(f"the process of {self.vm} was not seen to exit (pid {self.pid})")
 
     async def _end_transfers(self) -> None:
         if self._departure is not None:

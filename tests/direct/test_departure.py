@@ -135,6 +135,9 @@ async def test_a_guest_that_another_daemon_slowed_sets_out_at_full_speed(tmp_pat
         await guest.set_out()
         await guest.status(QemuStatus.PRE_SWITCHOVER)
         assert slowed == [None]
+        await guest.vmm.cancel_transfer()
+        await guest.vmm.clean_outgoing()  # nor does it stay slow where no daemon knows of it
+        assert slowed == [None, None]
 
 
 async def test_no_bitmap_of_the_guest_is_made_on_the_event_loop(
