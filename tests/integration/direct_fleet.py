@@ -139,8 +139,9 @@ async def direct_fleet(
     tls: bool = False,
     proxied: bool = False,
     settings: Mapping[str, Mapping[str, str]] | None = None,
+    profiles: Mapping[str, str] | None = None,
 ) -> AsyncIterator[DirectFleet]:
-    """Two daemons, ready, and no guest yet."""
+    """Two daemons, ready, and no guest yet. `profiles`: further ones, by name."""
     more = {name: dict((settings or {}).get(name, {})) for name in ("alpha", "beta")}
     port = (await asyncio.to_thread(hosts.free_ports, 1))[0]
     if proxied:
@@ -161,6 +162,9 @@ async def direct_fleet(
     for host in pair:
         await asyncio.to_thread((host.directory / "holds").mkdir)
         two.behave(host.name, "well")
+        for name, text in (profiles or {}).items():
+            file = host.directory / "profiles" / f"{name}.toml"
+            await asyncio.to_thread(file.write_text, text)
     async with contextlib.AsyncExitStack() as stack:
         if proxied:
             two.stream = await stack.enter_async_context(

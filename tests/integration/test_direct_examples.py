@@ -55,12 +55,6 @@ class Example:
         self.words = words
         self.out = two.directory / "out"
 
-    def write_profiles(self) -> None:
-        quoted = ", ".join(f'"{word}"' for word in self.words)
-        for host in self.two.hosts.values():
-            text = PROFILE.format(command=quoted, out=self.out)
-            (host.directory / "profiles" / "counter.toml").write_text(text)
-
     def beats(self) -> list[int]:
         lines = self.out.read_text().splitlines() if self.out.exists() else []
         assert not [line for line in lines if line.startswith("LOST")]
@@ -85,14 +79,11 @@ class Example:
 @contextlib.asynccontextmanager
 async def example(directory: Path, kind: str) -> AsyncIterator[Example]:
     words = await asyncio.to_thread(command, kind, directory)
-    async with direct_fleet(directory) as two:
-        shown = Example(two, words)
-        shown.write_profiles()
-        for name in two.hosts:
-            await two.kill_daemon(name)
-            await two.start_daemon(name)
+    quoted = ", ".join(f'"{word}"' for word in words)
+    text = PROFILE.format(command=quoted, out=directory / "out")
+    async with direct_fleet(directory, profiles={"counter": text}) as two:
         try:
-            yield shown
+            yield Example(two, words)
         finally:
             left = await asyncio.to_thread(processes.guests_of, directory)
             await asyncio.to_thread(processes.end, left)
