@@ -17,6 +17,7 @@ from typing import NoReturn
 from migrd.core.facts import QemuStatus, TransferAddress, TransferSettings
 from migrd.core.memory_map import PAGE_BYTES
 from migrd.direct.guest import About
+from migrd.direct.handoff_listener import HandoffListener
 from migrd.direct.offer import OfferedRange
 from migrd.direct.parts import KernelParts
 from migrd.direct.receiver import Receiver
@@ -24,7 +25,7 @@ from migrd.direct.vmm import DirectOptions, DirectVmm
 from migrd.engine.dirty_ports import DirtySource
 from migrd.processes.process import Life, WatchedProcess
 from tests.direct.stream_rig import EPOCH, ID, Owner, receiver
-from tests.direct.vmms import Host, until
+from tests.direct.vmms import until
 from tests.fakes.dirty_source import SimSource
 from tests.fakes.scripted_vmm import ScriptedVmm
 
@@ -76,10 +77,10 @@ async def leaving(
     owner = owner or Owner()
     process = WatchedProcess(None, Life.ALIVE, os.pidfd_open(os.getpid()), is_ours=False)
     vmm = DirectVmm(About("guest", ""), process, parts, DirectOptions())
-    host = Host(directory)
-    async with receiver(owner) as there, host.up():
-        with ScriptedVmm(host.socket) as scripted:
-            vmm.attach(await host.client())
+    listener = HandoffListener(directory / "direct.sock", on_client=vmm.attach)
+    async with receiver(owner) as there, listener:
+        with ScriptedVmm(directory / "direct.sock") as scripted:
+            await until(lambda: vmm.is_reachable)
             try:
                 yield Leaving(scripted, vmm, made, owner, there)
             finally:
