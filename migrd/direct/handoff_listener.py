@@ -26,6 +26,7 @@ from typing import Final, Self
 
 import structlog
 
+from migrd.direct.accepting import accepted
 from migrd.direct.descriptors import DescriptorKinds
 from migrd.direct.handoff import MOST_STATE_BYTES, HandedOver
 from migrd.direct.listening import listen, unlink_own
@@ -139,10 +140,9 @@ class HandoffListener:
         return found[0] if found else None
 
     async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             try:
-                plain, _ = await loop.sock_accept(listening)
+                plain, _ = await accepted(listening)
             except OSError as failure:  # no descriptor or memory left, or gone meanwhile
                 log.warning("direct.accept_failed", why=failure.strerror)
                 await asyncio.sleep(_NO_DESCRIPTOR_LEFT_S)

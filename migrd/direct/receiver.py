@@ -33,6 +33,7 @@ import structlog
 
 from migrd.core.certificate import identity
 from migrd.direct import stream_wire as wire
+from migrd.direct.accepting import accepted
 from migrd.direct.channel import Channel
 from migrd.direct.inflow import Inflow, Owner
 from migrd.direct.manifest import Manifest
@@ -171,10 +172,9 @@ class Receiver:
     # ---------------------------------------------------------------- connections
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             try:
-                sock, address = await loop.sock_accept(listener)
+                sock, address = await accepted(listener)
             except OSError as failure:  # out of descriptors, or it was gone before we looked
                 log.warning("direct.accept_failed", error=str(failure))
                 await asyncio.sleep(_ACCEPT_AGAIN_S)
