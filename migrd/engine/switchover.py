@@ -173,6 +173,9 @@ def _verdict(m: Outgoing, sample: TransferSample) -> tuple[bool, MigrationEvent 
         return True, None
     if status in (QemuStatus.POSTCOPY_ACTIVE, QemuStatus.POSTCOPY_PAUSED):
         return m.state.mode is Mode.POSTCOPY, None
+    if status is QemuStatus.NONE:  # of a VMM whose memory the daemon itself moves
+        text = f"on {m.world.options.host}: migrd was restarted, and its transfer is gone"
+        return True, m.failed("switchover_failed", text)
     if status in (QemuStatus.FAILED, QemuStatus.CANCELLED):
         why = sample.error or "no reason was given"
         return True, m.failed("switchover_failed", f"on {m.world.options.host}: {why}")

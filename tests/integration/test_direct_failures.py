@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from migrd.cli.seen import Json
+from migrd.demo import hosts
 from tests.integration.direct_fleet import CALM, LIVELY, DirectFleet, direct_fleet, running
 from tests.integration.scenarios import (
     FAST,
@@ -108,6 +109,22 @@ async def test_a_daemon_killed_in_the_switchover_gives_the_guest_back(short_tmp_
                 await two.start_daemon(name)
             await stayed(two, migration, "rolled_back")
         await moves_again(two)
+
+
+async def test_a_daemon_that_is_stopped_leaves_no_guest_standing(short_tmp_path: Path) -> None:
+    """In the switchover the guest is resumed first; in precopy the next daemon begins again."""
+    async with running(short_tmp_path, parameters=LIVELY, proxied=True) as two:
+        migration = await in_switchover(two)
+        await hosts.stop(two.hosts["alpha"])
+        await two.counts_on("alpha")
+        full_speed(two)
+        await two.start_daemon("alpha")
+        await stayed(two, migration, "rolled_back")
+        migration = await in_precopy(two)
+        await hosts.stop(two.hosts["alpha"])
+        await two.start_daemon("alpha")
+        await hurry(two, migration)
+        await moved(two, migration)
 
 
 RECORDS = {
