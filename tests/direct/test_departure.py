@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from migrd.core.bitmap import DirtyBitmap
 from migrd.core.facts import QemuStatus
 from migrd.core.harvest_round import SourceRead
 from migrd.direct.messages import ClientState, Resume, SaveState, Throttle
+from migrd.direct.receiver import ReceiverStatus
 from migrd.errors import KernelUnsupported
 from tests.direct.departure_rig import leaving
+from tests.direct.stream_rig import Owner, receiver
 from tests.direct.vmms import until
 from tests.fakes.dirty_source import SimSource
 
@@ -159,3 +162,28 @@ async def test_no_bitmap_of_the_guest_is_made_on_the_event_loop(
         await guest.status(QemuStatus.COMPLETED)
     assert made_in != []
     assert threading.main_thread() not in made_in
+
+
+async def test_whenever_it_is_ended_the_guest_runs_here_or_has_left_whole(tmp_path: Path) -> None:
+    """Struck at moments all over the transfer, over and over, always the same guest."""
+    chosen = random.Random(7)
+    async with leaving(tmp_path) as guest:
+        for _ in range(24):
+            async with receiver(Owner()) as guest.there:
+                await guest.set_out()
+                if chosen.random() < 0.7:
+                    await guest.status(QemuStatus.PRE_SWITCHOVER)
+                    await guest.vmm.continue_switchover()
+                await asyncio.sleep(chosen.uniform(0, 0.02))
+                await chosen.choice(
+                    [guest.vmm.cancel_transfer, guest.vmm.free_stalled, guest.there.close]
+                )()
+                if await guest.status(*ENDED, QemuStatus.PRE_SWITCHOVER) not in ENDED:
+                    await guest.vmm.continue_switchover()
+                status = await guest.status(*ENDED)
+                if status is QemuStatus.COMPLETED:
+                    assert guest.process.state is ClientState.DEPARTED
+                    assert guest.there.status in (ReceiverStatus.LOADED, ReceiverStatus.CLOSED)
+                elif guest.process.state is not ClientState.RUNNING:
+                    assert guest.there.status is ReceiverStatus.LOADED  # the engine decides
+                await guest.vmm.run_guest()
