@@ -40,9 +40,11 @@ Rules
 3. What is not mapped is told of as clean, with success. So after each read the mappings are looked
    at (`process_maps`, else page by page); a gap is LogLost. Registered anew it may be: what was
    never armed counts as written.
-4. A range that is not registered (the userfaultfd was closed, or the memory mapped anew) is EPERM:
+4. Huge pages of 1 GiB (hugetlbfs) are refused at the start: the kernel takes each of them for a
+   part of a page, does not protect it, and goes back to where the last one begins.
+5. A range that is not registered (the userfaultfd was closed, or the memory mapped anew) is EPERM:
    KernelRejected at the start, LogLost later.
-5. When a call fails, the whole piece that it was to walk is taken for dirty: what it had protected
+6. When a call fails, the whole piece that it was to walk is taken for dirty: what it had protected
    anew before it failed, it does not say.
 
 Stopping cannot lift the protection, only the process' userfaultfd can: each page that is clean then
@@ -60,7 +62,7 @@ from typing import Final, Protocol
 
 from migrd.core.bitmap import PAGE_BYTES, DirtyBitmap
 from migrd.engine.dirty_ports import PageRun, SourceRead, Tracker
-from migrd.errors import KernelError, KernelRejected, LogLost
+from migrd.errors import KernelError, KernelRejected, KernelUnsupported, LogLost
 from migrd.kernel.calls import Ioctl, system_ioctl
 from migrd.kernel.pagemap import ROWS, Pagemap, tells_of_holes
 from migrd.kernel.process_maps import ProcessMaps
@@ -122,17 +124,28 @@ class ProcessSource:
 
     def start_tracking(self) -> None:
         """Protects all pages: 10 to 100 ns for each that is there. Raises KernelRejected: not
-        registered, not mapped; KernelTooOld; KernelGone."""
+        registered, not mapped; KernelUnsupported: pages too large; KernelTooOld; KernelGone."""
         self._is_tracking = False
         self._open_maps()
         self._scan_holes = not tells_of_holes()
         for one in self._ranges:
             at = one.hva
             while at < one.end:
-                with self._pace:
-                    at = self._pagemap.arm(at, self._pace.end(at, one.end))
+                at = self._armed(at, one.end)
             self._refuse_gap(one, self._pagemap.unmapped(one.hva, one.end))
         self._is_tracking = True
+
+    def _armed(self, at: int, end: int) -> int:
+        """How far one call got."""
+        with self._pace:
+            reached = self._pagemap.arm(at, self._pace.end(at, end))
+        if reached <= at:
+            raise KernelUnsupported(
+                f"memory of {self.name} at {at:#x} cannot be watched: of huge pages (hugetlbfs) this"
+                " kernel protects those of 2 MiB alone; have the guest's memory in these",
+                code="pages_too_large",
+            )
+        return reached
 
     def stop_tracking(self) -> None:
         """The protection stays, until it is written or the process lifts it."""

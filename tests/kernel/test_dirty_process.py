@@ -15,7 +15,14 @@ import pytest
 from migrd.core.bitmap import PAGE_BYTES, DirtyBitmap
 from migrd.core.harvest_round import Tracker
 from migrd.core.memory_map import MemoryMap, Region
-from migrd.errors import KernelError, KernelGone, KernelRejected, KernelTooOld, LogLost
+from migrd.errors import (
+    KernelError,
+    KernelGone,
+    KernelRejected,
+    KernelTooOld,
+    KernelUnsupported,
+    LogLost,
+)
 from migrd.kernel import dirty_process
 from migrd.kernel.calls import system_ioctl
 from migrd.kernel.dirty_process import ProcessRange, ProcessSource
@@ -327,6 +334,22 @@ class Failing:
         if strikes:
             raise OSError(12, "struck")
         return found
+
+
+def test_pages_that_the_kernel_does_not_protect_are_refused(rig: ProcessRig) -> None:
+    """As PAGEMAP_SCAN does with huge pages of 1 GiB, of which there are none here: it says nothing,
+    and comes back to the beginning of the page."""
+
+    def stays(fd: int, request: int, argument: Any, /) -> int:
+        if not isinstance(argument, bytearray):
+            argument.walk_end = argument.start
+        return 0
+
+    rig.source.close()
+    rig.source = ProcessSource(rig.writer.pagemap_fd, rig.ranges, "ram", stays)
+    with pytest.raises(KernelUnsupported, match="2 MiB alone") as caught:
+        rig.source.start_tracking()
+    assert caught.value.code == "pages_too_large"
 
 
 @pytest.mark.parametrize("after_effect", [False, True])
