@@ -1,21 +1,26 @@
 """A process that the launcher holds: how it is held, and how a start that did not work is ended."""
 
+import asyncio
 import contextlib
 import logging
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from migrd.core.facts import VmSpec
-from migrd.direct.instances import Instance, LaunchRecord
+from migrd.direct.handoff import HandedOver
+from migrd.direct.instances import Found, Instance, LaunchRecord
 from migrd.direct.vmm import DirectVmm
 from migrd.engine.threads import in_thread
 from migrd.errors import MigrdError, VmmDied, VmmError, VmmTimedOut, VmmUnreachable
 from migrd.processes.instance import lock_says
-from migrd.processes.process import Life, ProcessIdentity, WatchedProcess
+from migrd.processes.process import Life, ProcessIdentity, WatchedProcess, identify
 
 FIRST_CONNECT_S: Final = 2.0
 """How long `find` waits for those it has found: a client tries again at least once a second."""
+LOOK_S: Final = 0.05
 END_DEADLINE_S: Final = 10.0
 EXIT_FOLLOWS_S: Final = 0.25
 _REST_LOOKS: Final = 100
@@ -97,3 +102,25 @@ def _nothing_left(at: Instance) -> bool:
             return True
         time.sleep(_REST_PAUSE_S)
     return False
+
+
+async def noted(found: Found, stranger: Callable[[Instance], HandedOver | None]) -> Found:
+    """One whose process was never noted (the daemon was killed just then) says who it is.
+
+    `stranger` gives the hand-over that names this instance, if there is one by now."""
+    record, at = found.record, found.instance
+    if found.life is not Life.UNKNOWN or record is None or record.identity is not None:
+        return found
+    client, give_up_at_s = stranger(at), time.monotonic() + FIRST_CONNECT_S
+    while client is None and time.monotonic() < give_up_at_s:
+        await asyncio.sleep(LOOK_S)
+        client = stranger(at)
+    identity = None if client is None else await in_thread(identify, client.pid)
+    if client is None or identity is None or not client.is_connected:
+        return found
+    with client.held():
+        pidfd = os.dup(client.pidfd)
+    record = record.with_identity(identity)
+    with contextlib.suppress(OSError):
+        await in_thread(record.write, at)
+    return Found(at, record, Life.ALIVE, pidfd)

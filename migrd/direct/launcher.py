@@ -30,7 +30,14 @@ from migrd.core.vfio_launch import QemuVfioFeature, VfioLaunch
 from migrd.direct.guest import About
 from migrd.direct.handoff import HandedOver
 from migrd.direct.instances import OUTPUT, Found, Instance, LaunchRecord, examine
-from migrd.direct.known import Known, adopted_record, end_failed, first_connect, note_adopted
+from migrd.direct.known import (
+    Known,
+    adopted_record,
+    end_failed,
+    first_connect,
+    note_adopted,
+    noted,
+)
 from migrd.direct.messages import ClientState
 from migrd.direct.parts import KernelParts
 from migrd.direct.profile import Resolved
@@ -265,10 +272,15 @@ class DirectLauncher:
             found = await in_thread(
                 lambda: [examine(at) for at in Instance.all_below(self._runtime_dir, known)]
             )
-            new = [self._attach_found(one) for one in found]
+            new = [self._attach_found(await noted(one, self._stranger)) for one in found]
             await asyncio.gather(*(first_connect(one) for one in new if not one.process.is_dead))
             new += await self._adopt_strangers()
         return [one.vmm for one in new]
+
+    def _stranger(self, at: Instance) -> HandedOver | None:
+        token = (at.vm, at.name)
+        named = (one for one in self._strangers if (one.vm, one.instance) == token)
+        return next((one for one in named if one.is_connected), None)
 
     def _attach_found(self, found: Found) -> Known:
         at, record = found.instance, found.record
