@@ -141,7 +141,7 @@ class ProcessSource:
             reached = self._pagemap.arm(at, self._pace.end(at, end))
         if reached <= at:
             raise KernelUnsupported(
-                f"memory of {self.name} at {at:#x} cannot be watched: of huge pages (hugetlbfs) this"
+                f"memory of {self.name} at {at:#x} cannot be watched: of huge pages (hugetlbfs) the"
                 " kernel protects those of 2 MiB alone; have the guest's memory in these",
                 code="pages_too_large",
             )
