@@ -1,75 +1,48 @@
-"""What is looked at before a guest sets out."""
+"""What is looked at before a guest sets out: who watches what its devices write, and encryption."""
 
-from __future__ import annotations
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from migrd.core.facts import TransferSettings
-from migrd.core.memory_map import PAGE_BYTES, MemoryMap
-from migrd.direct.offer import (
-    OfferedDeviceLog,
-    OfferedHwpt,
-    OfferedProcess,
-    OfferedRange,
-    OfferedSource,
-)
-from migrd.direct.preparation import refuse_unfit, unwatched_pages
-from migrd.engine.ports import TlsIdentity
+from migrd.core.memory_map import MemoryMap
+from migrd.direct.handoff import HandedOver
+from migrd.direct.offer import OfferedDevice, OfferedHwpt, OfferedProcess, OfferedRange
+from migrd.direct.preparation import blocked_reasons, refuse_unfit
 from migrd.errors import VmmRefused
 
-MEMORY = MemoryMap.of([(0, 0, 100 * PAGE_BYTES), (1, 1 << 32, 300 * PAGE_BYTES)])
-"""Pages 0 to 99, and 128 to 427."""
+MEMORY = MemoryMap.of([(0, 0, 128 * 4096), (1, 1 << 30, 64 * 4096)])
+LOW = OfferedRange(0x1000_0000, 128 * 4096, 0)
+HIGH = OfferedRange(0x2000_0000, 64 * 4096, 128)
 
 
-def ranges(*runs: tuple[int, int]) -> tuple[OfferedRange, ...]:
-    return tuple(
-        OfferedRange(n << 40, pages * 4096, first) for n, (first, pages) in enumerate(runs)
+def handed_over(*sources: object, devices: tuple[OfferedDevice, ...] = ()) -> HandedOver:
+    offered: Any = SimpleNamespace(
+        has_offered=True, memory=MEMORY, sources=sources, devices=devices
     )
+    return cast(HandedOver, offered)
 
 
-ALL = ranges((0, 100), (128, 300))
+def test_memory_that_devices_write_and_nobody_watches_blocks_the_move() -> None:
+    process = OfferedProcess(3, (LOW, HIGH))
+    device = (OfferedDevice("gpu", 4),)
+    assert list(blocked_reasons(handed_over(process))) == []
+    (reason,) = blocked_reasons(handed_over(process, devices=device))
+    assert "192 pages" in reason
+    assert "gpu" in reason
+    half = OfferedHwpt(5, 1, (LOW,), 4096)
+    (reason,) = blocked_reasons(handed_over(process, half, devices=device))
+    assert "64 pages" in reason
+    other = OfferedHwpt(5, 2, (HIGH,), 1 << 21)
+    assert list(blocked_reasons(handed_over(process, half, other, devices=device))) == []
 
 
-def unwatched(devices: int, *sources: OfferedSource) -> int:
-    return unwatched_pages(MEMORY, sources, devices)
-
-
-def test_who_watches_cpus_does_not_watch_devices() -> None:
-    assert unwatched(1, OfferedProcess(0, ALL)) == 400
-
-
-def test_a_page_table_watches_all_devices() -> None:
-    assert unwatched(3, OfferedHwpt(0, 1, ALL, 4096)) == 0
-    assert unwatched(3, OfferedHwpt(0, 1, ranges((0, 90), (130, 300 - 2)), 4096)) == 12
-
-
-def test_a_log_watches_its_own_device_alone() -> None:
-    log = OfferedDeviceLog(0, ALL, 4096)
-    assert unwatched(1, log) == 0
-    assert unwatched(2, log) == 400
-    assert unwatched(2, log, log) == 0
-    assert unwatched(2, log, OfferedDeviceLog(0, ranges((128, 300)), 4096)) == 100
-
-
-def test_a_log_may_come_in_parts_and_a_page_table_see_the_rest() -> None:
-    parts = [OfferedDeviceLog(0, ranges(run), 4096) for run in ((0, 50), (50, 50), (128, 300))]
-    assert unwatched(1, *parts) == 0
-    assert unwatched(2, *parts, OfferedHwpt(0, 1, ranges((128, 300)), 4096)) == 100
-
-
-@pytest.mark.parametrize(
-    ("tls", "peer_name", "has_identity", "why"),
-    [
-        (False, "host-b", True, "is to be plain"),
-        (True, "host-b", False, "no TLS identity"),
-        (True, "", True, "with whom is not said"),
-    ],
-)
-def test_encryption_is_never_less_than_this_host_asks_for(
-    tls: bool, peer_name: str, has_identity: bool, why: str
-) -> None:
-    """The settings come from the other host, which might be made to ask for less."""
-    identity = TlsIdentity("/nowhere") if has_identity else None
-    settings = TransferSettings(0.3, 0, tls=tls, peer_name=peer_name)
-    with pytest.raises(VmmRefused, match=why):
-        refuse_unfit(settings, identity)
+def test_encryption_is_never_left_out_without_a_word_and_postcopy_is_not_offered() -> None:
+    with pytest.raises(VmmRefused) as refused:
+        refuse_unfit(TransferSettings(0.3, 0, tls=True), None)
+    assert refused.value.code == "tls_identity_missing"
+    with pytest.raises(VmmRefused) as refused:
+        refuse_unfit(TransferSettings(0.3, 0, tls=False, postcopy=True), None)
+    assert refused.value.code == "no_postcopy"
+    refuse_unfit(TransferSettings(0.3, 0, tls=False), None)
