@@ -9,8 +9,14 @@
 
 Guest memory need not be sealed against shrinking: migrd never maps it, so a file that is truncated
 while it is read gives a short read, an error of that transfer and nothing else.
+
+Huge pages (hugetlbfs): PAGEMAP_SCAN does not protect pages of more than 2 MiB, and says nothing.
+And where it is to protect one that is not there it waits for itself, unkillable, with a lock of the
+process' memory held: in all kernels from 6.7 on that have no mend of pagemap_scan_pte_hole (mid
+2026). So each huge page must be there when it is handed over, and must stay.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -19,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from migrd.abi.pagemap import PAGEMAP_SCAN, pm_scan_arg
+from migrd.abi.pagemap import PAGEMAP_SCAN, page_categories, page_region, pm_scan_arg
 from migrd.errors import Invalid
 
+LARGEST_PAGE_BYTES: Final = 2 << 20
 STATE_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -32,6 +39,8 @@ class FilePlace:
     file: tuple[int, int]
     start: int
     end: int
+    page_bytes: int = 4096
+    """Larger: a file on hugetlbfs."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,39 @@ class DescriptorKinds:
                 f"{field}: it ends at byte {end} of its file, which has {found.st_size}; "
                 "give its true length, or make the file longer"
             )
-        return FilePlace((found.st_dev, found.st_ino), offset_bytes, end)
+        page_bytes = os.fstatvfs(fd).f_bsize
+        if page_bytes > LARGEST_PAGE_BYTES:
+            raise Invalid(
+                f"{field}: it is in huge pages of {page_bytes >> 20} MiB; Linux finds writes to "
+                f"pages of up to {LARGEST_PAGE_BYTES >> 20} MiB; use these"
+            )
+        return FilePlace((found.st_dev, found.st_ino), offset_bytes, end, page_bytes)
+
+    def populated(self, pagemap_fd: int, field: str, address: int, length_bytes: int) -> None:
+        """That all huge pages of a range are there."""
+        there = page_categories.PRESENT | page_categories.SWAPPED
+        row = page_region()
+        asked = pm_scan_arg(
+            start=address,
+            end=address + length_bytes,
+            vec=ctypes.addressof(row),
+            vec_len=1,
+            max_pages=1,
+            category_inverted=there,
+            category_mask=there,
+            return_mask=there,
+        )
+        try:
+            found = fcntl.ioctl(pagemap_fd, PAGEMAP_SCAN, bytearray(asked))
+        except OSError as failure:
+            raise Invalid(
+                f"{field}: its pages cannot be looked at: {failure.strerror}"
+            ) from failure
+        if found:
+            raise Invalid(
+                f"{field}: the huge page at {row.start:#x} is not there yet, and Linux could hang "
+                "where its writes are to be found; map it with MAP_POPULATE, or touch each page"
+            )
 
     def opaque_state(self, fd: int, length_bytes: int, most_bytes: int) -> None:
         """That `fd` is a sealed memfd of just this length."""

@@ -125,6 +125,8 @@ class OfferBuilder:
     _regions: list[tuple[RegionMessage, int]] = field(default_factory=list)
     _sources: list[tuple[SourceMessage, int]] = field(default_factory=list)
     _devices: list[tuple[DeviceMessage, int]] = field(default_factory=list)
+    _huge: set[int] = field(default_factory=set)
+    """Regions on hugetlbfs, by their ids."""
 
     def add(self, message: RegionMessage | SourceMessage | DeviceMessage, fd: int) -> None:
         """Take a message and its descriptor. Raises TooLarge; `fd` is ours even then."""
@@ -207,6 +209,8 @@ class OfferBuilder:
                 )
             place = self.kinds.memory(fd, field_name, message.offset_bytes, message.length_bytes)
             places.append((place, field_name))
+            if place.page_bytes > PAGE_BYTES:
+                self._huge.add(message.id)
         _check_files_apart(places)
         return memory
 
@@ -223,6 +227,9 @@ class OfferBuilder:
         _check_addresses_apart(name, ranges)
         if message.kind is SourceKind.PROCESS:
             self.kinds.pagemap(fd, name)
+            for one in message.ranges:
+                if one.region_id in self._huge:
+                    self.kinds.populated(fd, name, one.address, one.length_bytes)
             return OfferedProcess(fd, ranges)
         if message.kind is SourceKind.HWPT:
             self.kinds.iommufd(fd, name)
