@@ -289,10 +289,9 @@ async def test_descriptors_stay_open_while_they_are_held(host: Host) -> None:
             await client.gone()
             assert len(os.pread(fd, 4096, 0)) == 4096
             assert not client.is_dead
-        with pytest.raises(OSError, match="Bad file descriptor"):
-            os.fstat(fd)
         with pytest.raises(VmmUnreachable), client.held():
             pass
+        await until(lambda: not Path(f"/proc/self/fd/{fd}").exists())
 
 
 async def test_nothing_stays_open_behind_the_listener(host: Host, vmm: ScriptedVmm) -> None:
