@@ -18,6 +18,7 @@ to wait for a guest, MIGRD_INCOMING=1.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -268,14 +269,18 @@ class DirectLauncher:
     async def find(self) -> Sequence[Vmm]:
         """As the port says; waits for the hand-overs of those it finds alive."""
         async with self._finding:
-            known = {*self._known, *self._launching}
-            found = await in_thread(
-                lambda: [examine(at) for at in Instance.all_below(self._runtime_dir, known)]
-            )
+            found = await in_thread(self._look)
             new = [self._attach_found(await noted(one, self._stranger)) for one in found]
             await asyncio.gather(*(first_connect(one) for one in new if not one.process.is_dead))
             new += await self._adopt_strangers()
         return [one.vmm for one in new]
+
+    def _look(self) -> list[Found]:
+        """Blocking."""
+        return [examine(at) for at in Instance.all_below(self._runtime_dir, self._is_known)]
+
+    def _is_known(self, key: Key) -> bool:
+        return key in self._known or key in self._launching
 
     def _stranger(self, at: Instance) -> HandedOver | None:
         token = (at.vm, at.name)
@@ -293,15 +298,14 @@ class DirectLauncher:
         return self._hold(at, record, process)
 
     async def _adopt_strangers(self) -> list[Known]:
-        strangers, self._strangers = self._strangers, []
         adopted = []
-        for client in strangers:
-            if client.is_connected and (client.vm, client.instance) not in self._launching:
-                known = await self._adopt(client)
-                if known is not None:
-                    adopted.append(known)
-            elif client.is_connected:
-                self._strangers.append(client)
+        for client in tuple(self._strangers):
+            if (client.vm, client.instance) in self._launching:
+                continue  # it is waited for
+            with contextlib.suppress(ValueError):  # taken by its own meanwhile
+                self._strangers.remove(client)
+                known = await self._adopt(client) if client.is_connected else None
+                adopted += [] if known is None else [known]
         return adopted
 
     async def _adopt(self, client: HandedOver) -> Known | None:

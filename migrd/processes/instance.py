@@ -28,7 +28,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
@@ -105,13 +105,18 @@ class Instance:
         return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text).strip()
 
     @classmethod
-    def all_below(cls, runtime_dir: Path, known: Container[tuple[str, str]]) -> Iterator[Self]:
-        """Those that are there and not known (VM, instance) yet. Blocking."""
+    def all_below(
+        cls, runtime_dir: Path, is_known: Callable[[tuple[str, str]], bool]
+    ) -> Iterator[Self]:
+        """Those that are there and not known (VM, instance) yet. Blocking.
+
+        `is_known` is asked of each once it was seen, and of none before: what is being launched is
+        known before its directory is made."""
         # Not Path.glob: a directory that is removed while it looks is an error to it.
         for found in sorted(glob.glob(f"{glob.escape(str(runtime_dir))}/{cls.below}/*/*")):
             directory = Path(found)
             vm, name = directory.parent.name, directory.name
-            if (vm, name) in known:
+            if is_known((vm, name)):
                 continue
             if NAME.fullmatch(vm) and NAME.fullmatch(name) and directory.is_dir():
                 yield cls(runtime_dir, vm, name)

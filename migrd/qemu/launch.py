@@ -278,8 +278,10 @@ class QemuLauncher:
 
     def _directories(self) -> list[Instance]:
         """Instance directories that are not known yet. Blocking."""
-        known = {*self._known, *self._launching}
-        return list(Instance.all_below(self._runtime_dir, known))
+        return list(Instance.all_below(self._runtime_dir, self._is_known))
+
+    def _is_known(self, key: tuple[str, str]) -> bool:
+        return key in self._known or key in self._launching
 
     def _attach_found(self, found: Found) -> Known:
         at, record = found.instance, found.record
