@@ -37,6 +37,7 @@ TICK_S: Final = 0.5
 """Without a round or a change of status the situation is looked at this often."""
 ASK_S: Final = 5.0
 """Long poll of the destination's side."""
+BEGUN_S: Final = 0.02
 HOLD_S: Final = 0.001
 """The downtime limit that keeps QEMU in precopy. Not zero: QEMU then takes its estimate for exact,
 and switches over when that is zero."""
@@ -306,6 +307,7 @@ class Steering:
 
     async def _ask_destination(self) -> None:
         m, generation = self._m, -1
+        await asyncio.sleep(BEGUN_S)  # `migrate` first: it is what everybody waits for
         while True:
             try:
                 view = await self._asked(generation)

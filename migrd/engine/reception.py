@@ -95,8 +95,9 @@ class Reception:
         if vm.profile is None:  # the source says so: there is nothing to look at
             return seen
         try:
-            digest = await in_thread(launcher.check, bare(vm))
-            seen.qemu_version, found = await launcher.probe(bare(vm))
+            digest, (seen.qemu_version, found) = await asyncio.gather(
+                in_thread(launcher.check, bare(vm)), launcher.probe(bare(vm))
+            )
             seen.features = frozenset(feature.value for feature in found)
             if not vm.devices:
                 seen.digest = digest
