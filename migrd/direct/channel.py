@@ -41,6 +41,7 @@ class Channel:
     """Made in the thread that uses it, or handed to it; `interrupt` may come from any thread."""
 
     def __init__(self, sock: socket.socket, *, name: str, stall_s: float) -> None:
+        """Owns the socket from here on. OSError: no descriptor left; it is closed then."""
         sock.setblocking(False)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -48,12 +49,16 @@ class Channel:
         self._sock = sock
         self.name = name
         """The other side, for messages."""
+        try:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError:
+            sock.close()
+            raise
         self.stall_s = stall_s
         self.pace = Pace()
         self.meter = Meter()
         self.sent, self.received = Counted(), Counted()
         self._tls: ssl.SSLSocket | None = None
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
         self._interrupted: MigrdError | None = None

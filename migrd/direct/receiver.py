@@ -197,7 +197,11 @@ class Receiver:
     # ---------------------------------------------------------------- in a connection's thread
 
     def _serve(self, sock: socket.socket, name: str) -> None:
-        channel = Channel(sock, name=f"the source ({name})", stall_s=self._limits.stall_s)
+        try:
+            channel = Channel(sock, name=f"the source ({name})", stall_s=self._limits.stall_s)
+        except OSError as failure:  # out of descriptors: the source hears it hang up
+            log.warning("direct.accept_failed", error=str(failure))
+            return
         channel.meter = self._meter
         with self._lock:
             self._channels.add(channel)

@@ -376,3 +376,17 @@ async def test_reserved_memory_is_there_before_the_first_page() -> None:
         await asyncio.sleep(0)
         assert os.fstat(destination.region_fds[4]).st_blocks * 512 == 16 * PAGE
         peer.channel.close()
+
+
+async def test_without_a_descriptor_left_the_source_is_hung_up_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none_left(*_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with receiver(Owner()) as destination:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "eventfd", none_left)
+            with await in_thread(socket.create_connection, destination.address) as sock:
+                assert await in_thread(sock.recv, 1) == b""
+        assert destination.status is ReceiverStatus.WAITING
