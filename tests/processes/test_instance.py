@@ -11,8 +11,8 @@ class Thing(Instance):
 
 
 def test_what_is_being_launched_is_known_whenever_its_directory_is_seen(tmp_path: Path) -> None:
-    """Its name is noted before its directory is made, and asked for after that was seen: a look that
-    began before the launch does not take its process for one that an earlier daemon left."""
+    """Its name is noted before its directory is made, and asked for after that was seen: a look
+    that began before the launch takes its process for nobody's left-over."""
     Thing(tmp_path, "vm", "old").make()
     launching: set[tuple[str, str]] = set()
     looking = Thing.all_below(tmp_path, launching.__contains__)
