@@ -37,7 +37,6 @@ TICK_S: Final = 0.5
 """Without a round or a change of status the situation is looked at this often."""
 ASK_S: Final = 5.0
 """Long poll of the destination's side."""
-BEGUN_S: Final = 0.02
 HOLD_S: Final = 0.001
 """The downtime limit that keeps QEMU in precopy. Not zero: QEMU then takes its estimate for exact,
 and switches over when that is zero."""
@@ -66,6 +65,7 @@ async def run_precopy(m: Outgoing) -> MigrationEvent:
         async with steering.watching_destination():
             await steering.stopped.begin()
             await steering.begin()
+            steering.begun.set()
             # Opened only now: a look from before `migrate` shows how the last migration ended.
             async with m.vmm.feed() as feed:
                 while True:
@@ -93,6 +93,7 @@ class Steering:
         self._last: Decision | None = None
         self._taken_over = m.resumed
         self._began_at_s = float("-inf")
+        self.begun = asyncio.Event()
         self.stopped = StoppedCopy(m)
 
     async def begin(self) -> None:
@@ -307,7 +308,7 @@ class Steering:
 
     async def _ask_destination(self) -> None:
         m, generation = self._m, -1
-        await asyncio.sleep(BEGUN_S)  # `migrate` first: it is what everybody waits for
+        await self.begun.wait()  # `migrate` goes first: everybody waits for that
         while True:
             try:
                 view = await self._asked(generation)
