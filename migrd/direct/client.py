@@ -14,8 +14,9 @@
 
 A thread of the library connects to the daemon, for ever, hands over, and answers what migrd asks;
 the methods of Vmm are called in it, one at a time. PAUSE closes the gate: it is answered when every
-thread that entered stands at a checkpoint. A process that is to be given a guest begins with the
-gate closed, so its threads may be started at once.
+thread that entered stands at a checkpoint, and refused after 4 s, with the gate open again: before
+the 5 s are over for which migrd waits. A process that is to be given a guest begins with the gate
+closed, so its threads may be started at once.
 
 What writes guest memory without a thread of yours (KVM's vCPUs, vhost, io_uring) is stopped in
 `Vmm.pause`. A method that raises refuses the ask, and must leave everything as it was; the text of
@@ -87,8 +88,9 @@ _FIRST_BACKOFF_S: Final = 0.05
 _LONGEST_BACKOFF_S: Final = 1.0
 _DAEMON_S: Final = 30.0
 """For a daemon to take a hand-over, or to read what is sent."""
-_PAUSE_S: Final = 8.0
-"""For the threads to stop; a little less than migrd waits for the answer."""
+_PAUSE_S: Final = 4.0
+"""For the threads to stop; less than migrd waits for the answer, so a guest that is too slow runs
+again, and says why, before the daemon gives up."""
 _RUNNING, _PAUSED = ClientState.RUNNING, ClientState.PAUSED
 _INCOMING, _LOADED, _DEPARTED = ClientState.INCOMING, ClientState.LOADED, ClientState.DEPARTED
 

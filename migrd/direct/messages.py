@@ -85,7 +85,8 @@ A conversation
     any        | ASK_STATE, QUIT (the process ends, after its answer)
 
 Rules of a VMM
-1. PAUSE is answered when nothing of the guest writes its memory any more: not before.
+1. PAUSE is answered when nothing of the guest writes its memory any more: not before. migrd waits
+   5 s; who needs longer refuses before (our clients after 4 s), and the guest runs on at once.
 2. `incoming` and `loaded` never execute one instruction of the guest before RESUME.
 3. `departed` never executes again except after RESUME. Not even when the daemon is gone for good.
 4. A lost connection changes no state. The VMM connects again, for ever, at most 1 s apart, and

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from migrd.abi import pagemap as abi
 from migrd.direct import client as client_module
 from migrd.direct import guest_memory
 from migrd.direct.client import DirectClient, GuestRegion, Vmm
+from migrd.direct.departure import PAUSE_S
 from migrd.direct.gate import Gate, GateStuck
 from migrd.direct.guest_memory import WriteTracking
 from migrd.direct.messages import ClientState
@@ -244,6 +246,28 @@ async def test_a_callback_that_raises_refuses_the_ask_and_opens_the_gate(
         with pytest.raises(VmmRefused, match="cannot go on"):
             await handed.resume()
         assert await handed.ask_state() is ClientState.PAUSED
+
+
+async def test_a_guest_too_slow_to_pause_says_so_and_runs_on_before_migrd_gives_up(
+    host: Host, client: DirectClient
+) -> None:
+    go_on = threading.Event()
+    async with host.up():
+        handed = await host.client()
+        with writing(client.gate, lambda: go_on.wait(60)):
+            try:
+                with pytest.raises(VmmRefused, match="1 threads of the guest did not stop"):
+                    await handed.pause(within_s=PAUSE_S)
+                assert client.state is ClientState.RUNNING
+            finally:
+                go_on.set()
+
+
+def test_both_libraries_give_up_a_pause_before_migrd_does() -> None:
+    header = (HEADER_DIRECTORY / "migrd_direct.h").read_text()
+    found = re.search(r"MIGRD__PAUSE_S = (\d+),", header)
+    assert found is not None
+    assert int(found[1]) == client_module._PAUSE_S < PAUSE_S
 
 
 async def test_a_problem_is_told_once_while_it_lasts(

@@ -19,11 +19,11 @@
  *     migrd_leave(client);
  *
  * The rules it keeps for you (all of them: migrd/direct/messages.py, which specifies the protocol):
- * a pause is answered only when each thread that entered stands at a checkpoint; a process that
- * waits for a guest begins with the gate closed, so its threads may be started at once; a lost
- * connection changes nothing of the guest; a guest that was given away never runs again unless migrd
- * says so. What writes guest memory without a thread of yours (KVM's vCPUs, vhost) is stopped in
- * `pause`.
+ * a pause is answered only when each thread that entered stands at a checkpoint, and refused after
+ * 4 s, before the 5 s are over for which migrd waits (they run on then); a process that waits for a
+ * guest begins with the gate closed, so its threads may be started at once; a lost connection
+ * changes nothing of the guest; a guest that was given away never runs again unless migrd says so.
+ * What writes guest memory without a thread of yours (KVM's vCPUs, vhost) is stopped in `pause`.
  *
  * Callbacks run in the library's thread, one at a time; all are optional. One that returns nonzero
  * refuses what was asked, and must leave everything as it was. None may call migrd_stop.
@@ -155,7 +155,7 @@ enum {
     MIGRD__PACKET = 64 << 10,
     MIGRD__RANGES = 1024,
     MIGRD__PAGE = 4096,
-    MIGRD__PAUSE_S = 8,
+    MIGRD__PAUSE_S = 4, /* less than migrd waits: who is too slow runs on, and says why */
     MIGRD__DAEMON_S = 30,
     MIGRD__GOING_AWAY = 1
 };
