@@ -14,6 +14,7 @@ from typing import Final
 
 import structlog
 
+from migrd.core.facts import RunState
 from migrd.core.handover import DestinationPhase, DestinationState, fold_destination
 from migrd.core.migration import begin, fold
 from migrd.core.phases import IllegalTransition, Phase
@@ -162,9 +163,11 @@ async def _adopt(migrations: Migrations, vmm: Vmm) -> None:
         except (MigrdError, OSError) as exc:
             log.warning("files of an ended QEMU are left", vm=vmm.vm, cause=str(exc))
         return
-    if entry is not None and not entry.here and world.launcher.is_managed(vmm):
+    is_away = entry is not None and not entry.here
+    if is_away and (world.launcher.is_managed(vmm) or await _was_given_away(vmm)):
         log.error("an old QEMU of a VM that has moved away; end it by hand", pid=vmm.pid, vm=vmm.vm)
         return
+    entry = vms.get(vmm.vm)  # it may have come back while its old process was asked
     if entry is not None and entry.vmm is not None and not entry.vmm.is_dead:
         log.error("a second QEMU of this VM runs here; left alone", vm=vmm.vm, pid=vmm.pid)
         return
@@ -176,3 +179,13 @@ async def _adopt(migrations: Migrations, vmm: Vmm) -> None:
     epoch = vms.last_epoch(vmm.vm)
     vms.put(Entry(spec, epoch, here=True, vmm=vmm, managed=managed, decision=decision))
     log.info("a VM found running", vm=vmm.vm, pid=vmm.pid)
+
+
+async def _was_given_away(vmm: Vmm) -> bool:
+    """Whether it says that its guest went to another host. One that does not say may run it still:
+    it is shown as here, and no second copy is let in beside it."""
+    try:
+        return await vmm.run_state() is RunState.POSTMIGRATE
+    except (MigrdError, OSError) as exc:
+        log.warning("not known whether a VM's old process gave it away", vm=vmm.vm, cause=str(exc))
+        return False

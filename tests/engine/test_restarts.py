@@ -198,6 +198,22 @@ async def test_an_adopted_vm_comes_and_goes_with_the_rescan() -> None:
         await until(lambda: pair.alpha.service.vm("guest").state == "dead")
 
 
+async def test_an_adopted_process_that_gave_its_guest_away_is_not_taken_for_the_guest() -> None:
+    """It lives on, and is found again by the daemon that starts after it."""
+    async with running_pair() as pair:
+        old = pair.hosts["alpha"].qemu(VM)
+        pair.hosts["alpha"].adopted.add(old.instance)
+        old.ignores_quit = True
+        await pair.restart("alpha")
+        await pair.migrate()
+        await pair.settle()
+        assert not old.is_dead
+        await pair.restart("alpha")
+        await asyncio.sleep(10.0)
+        assert pair.alpha.service.vm(VM).state == "departed"
+        await pair.migrates_again()
+
+
 async def test_a_qemu_launched_for_a_guest_that_never_came_is_not_left_behind() -> None:
     """beta's daemon is killed between the launch and its record."""
     async with running_pair() as pair:
