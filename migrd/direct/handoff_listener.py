@@ -262,7 +262,7 @@ class HandoffListener:
         self, connection: PacketSocket, received: Received, state: ClientState
     ) -> Offer:
         """The offer that begins with this message."""
-        builder = OfferBuilder(self._limits.offer, self._kinds)
+        builder = OfferBuilder(self._limits.offer, self._kinds, connection.peer_pid)
         try:
             while not isinstance(received.message, OfferEnd):
                 if not isinstance(received.message, _OFFERED) or received.fd is None:

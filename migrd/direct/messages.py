@@ -103,7 +103,9 @@ Rules of the daemon
    that is `departed` does not hold its name: the guest may come back to a new process.
 3. Every pair of gpa and length is checked before use: pages of 4096 bytes, no overlap, inside the
    file. Each page of each region must be watched by a process source; a write elsewhere would be
-   lost. What is wrong is answered with ERROR, which names field, value and cure.
+   lost. What is mapped at the addresses of a process source must be the region's file, MAP_SHARED
+   and writable, at its offset: looked up in /proc/PID/maps, where the daemon may read it. What is
+   wrong is answered with ERROR, which names field, value and cure.
 4. Each ask has a deadline. What is answered behind it is dropped: whether it took effect is to be
    asked (ASK_STATE; answers come in order, so by then it had all the effect it will ever have).
    An answer to what was never asked, or a second one, ends the connection; the guest goes on.

@@ -5,7 +5,8 @@
 
 Every page of every region must be watched by a process source: a CPU can write anywhere, and a
 write that nobody saw would be missing at the destination. Pages mapped twice may be watched twice
-(two addresses, one page); one address cannot stand for two pages.
+(two addresses, one page); one address cannot stand for two pages. And what is watched must be the
+region: its file, mapped shared (mapped.py).
 
 The descriptors belong to whoever has the Offer, who closes them with `close_descriptors`; before
 `release` they are the builder's.
@@ -18,6 +19,7 @@ from typing import Final, TypeAlias
 
 from migrd.core.memory_map import MemoryMap, Region
 from migrd.direct.descriptors import DescriptorKinds, FilePlace
+from migrd.direct.mapped import Watched, check_mapped
 from migrd.direct.messages import (
     PAGE_BYTES,
     DeviceMessage,
@@ -122,11 +124,13 @@ class OfferBuilder:
 
     limits: OfferLimits
     kinds: DescriptorKinds
+    pid: int
+    """The process that hands over."""
     _regions: list[tuple[RegionMessage, int]] = field(default_factory=list)
     _sources: list[tuple[SourceMessage, int]] = field(default_factory=list)
     _devices: list[tuple[DeviceMessage, int]] = field(default_factory=list)
-    _huge: set[int] = field(default_factory=set)
-    """Regions on hugetlbfs, by their ids."""
+    _places: dict[int, FilePlace] = field(default_factory=dict)
+    """Of the regions, by their ids."""
 
     def add(self, message: RegionMessage | SourceMessage | DeviceMessage, fd: int) -> None:
         """Take a message and its descriptor. Raises TooLarge; `fd` is ours even then."""
@@ -154,6 +158,7 @@ class OfferBuilder:
             for number, (message, fd) in enumerate(self._sources)
         )
         _check_all_is_watched(memory, sources)
+        self._check_mapped()
         devices = self._checked_devices()
         return Offer(
             memory,
@@ -199,7 +204,7 @@ class OfferBuilder:
         if not self._regions:
             raise Invalid("regions: none was handed over; a guest has memory")
         memory = MemoryMap.of([(m.id, m.gpa, m.length_bytes) for m, _ in self._regions])
-        places = []
+        places: list[tuple[FilePlace, str]] = []
         for message, fd in self._regions:
             field_name = f"region {message.id}"
             if message.offset_bytes % PAGE_BYTES:
@@ -209,8 +214,7 @@ class OfferBuilder:
                 )
             place = self.kinds.memory(fd, field_name, message.offset_bytes, message.length_bytes)
             places.append((place, field_name))
-            if place.page_bytes > PAGE_BYTES:
-                self._huge.add(message.id)
+            self._places[message.id] = place
         _check_files_apart(places)
         return memory
 
@@ -228,7 +232,7 @@ class OfferBuilder:
         if message.kind is SourceKind.PROCESS:
             self.kinds.pagemap(fd, name)
             for one in message.ranges:
-                if one.region_id in self._huge:
+                if self._places[one.region_id].page_bytes > PAGE_BYTES:
                     self.kinds.populated(fd, name, one.address, one.length_bytes)
             return OfferedProcess(fd, ranges)
         if message.kind is SourceKind.HWPT:
@@ -236,6 +240,17 @@ class OfferBuilder:
             return OfferedHwpt(fd, message.object_id, ranges, size)
         self.kinds.vfio_device(fd, name)
         return OfferedDeviceLog(fd, ranges, size)
+
+    def _check_mapped(self) -> None:
+        """That each range of a process source is the region itself."""
+        for message, fd in self._sources:
+            if message.kind is SourceKind.PROCESS:
+                check_mapped(self.pid, fd, [self._watched(one) for one in message.ranges])
+
+    def _watched(self, one: RangeMessage) -> Watched:
+        place = self._places[one.region_id]
+        offset_bytes = place.start + one.offset_bytes
+        return Watched(one.region_id, one.address, one.length_bytes, place.file, offset_bytes)
 
     def _device(self, message: DeviceMessage, fd: int) -> OfferedDevice:
         self.kinds.vfio_device(fd, f"device {message.id}")

@@ -2,9 +2,7 @@
 
 A scan of a pagemap says nothing of what is not mapped, with success. Asking each page whether it
 is mapped costs ten times the scan; the list of mappings tells it at once. It is /proc/PID/maps,
-found by the name that the pagemap was opened under, and only believed if the pagemap beside it is
-the very file we hold (another mount of /proc, or a pid that is somebody else's, has another). An
-open `maps` belongs to the address space, not to the pid.
+found as migrd.processes.mappings tells.
 
 It is asked for one mapping after the other (PROCMAP_QUERY, Linux 6.11); older kernels only give the
 text of all of them.
@@ -20,10 +18,8 @@ from typing import Final, Self
 from migrd.abi import pagemap as abi
 from migrd.errors import KernelGone, KernelTooOld
 from migrd.kernel.calls import Meaning, Verb, call, system_ioctl
+from migrd.processes.mappings import open_beside, read_text
 
-MOST_BYTES: Final = 64 << 20
-"""Of text: ten times what the kernel's own limit of mappings comes to."""
-_AT_ONCE = 1 << 20
 QUERY: Final = Verb(
     "PROCMAP_QUERY",
     abi.PROCMAP_QUERY,
@@ -43,21 +39,8 @@ class ProcessMaps:
     @classmethod
     def beside(cls, pagemap_fd: int) -> Self | None:
         """Those of the same process; None where they cannot be found, or not for certain."""
-        try:
-            directory, name = os.path.split(os.readlink(f"/proc/self/fd/{pagemap_fd}"))
-            if name != "pagemap":
-                return None
-            fd = os.open(f"{directory}/maps", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return None
-        try:  # after it was opened: a pid that was taken anew meanwhile has another pagemap
-            is_same = os.path.samestat(os.fstat(pagemap_fd), os.stat(f"{directory}/pagemap"))
-        except OSError:
-            is_same = False
-        if not is_same:
-            os.close(fd)
-            return None
-        return cls(fd)
+        fd = open_beside(pagemap_fd)
+        return None if fd is None else cls(fd)
 
     @property
     def fd(self) -> int:
@@ -117,15 +100,9 @@ class ProcessMaps:
             yield int(found[1], 16), int(found[2], 16)
 
     def _text(self) -> bytes:
-        text = bytearray()
         try:
-            while len(text) < MOST_BYTES:
-                part = os.pread(self.fd, _AT_ONCE, len(text))
-                if not part:
-                    break
-                text += part
+            return read_text(self.fd)
         except ProcessLookupError as cause:
             raise KernelGone(
                 "the process has exited", errno=cause.errno or 0, code="process_gone"
             ) from cause
-        return bytes(text)

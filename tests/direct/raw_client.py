@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import array
 import asyncio
+import ctypes
 import fcntl
+import mmap
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -31,6 +33,12 @@ from migrd.direct.messages import (
 HVA: Final = 1 << 40
 MIB: Final = 1 << 20
 HELLO: Final = Hello(ClientState.RUNNING, 0, "guest")
+_MAP_FIXED: Final = 0x10
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_mmap, _munmap = _LIBC.mmap, _LIBC.munmap
+_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_mmap.restype = ctypes.c_void_p
+_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class RawClient:
@@ -81,7 +89,7 @@ class RawClient:
             for message in offer(length_bytes):
                 fds = {RegionMessage: [fd], SourceMessage: [pagemap]}.get(type(message), [])
                 self.say(message, fds=fds)
-        heard = await self.hear()
+            heard = await self.hear()
         assert heard is not None
         assert isinstance(heard[1], Welcome), heard[1]
 
@@ -96,13 +104,38 @@ def offer(length_bytes: int = MIB) -> tuple[Message, ...]:
 
 @contextmanager
 def memory(length_bytes: int = MIB, *, seals: int = 0) -> Iterator[int]:
+    """A memfd, which is mapped at HVA meanwhile (sealed against writing it cannot be)."""
     fd = os.memfd_create("guest", os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, length_bytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-        yield fd
+        if seals:
+            yield fd
+        else:
+            with mapped(fd, length_bytes):
+                yield fd
     finally:
         os.close(fd)
+
+
+@contextmanager
+def mapped(
+    fd: int,
+    length_bytes: int,
+    *,
+    flags: int = mmap.MAP_SHARED,
+    protection: int = mmap.PROT_READ | mmap.PROT_WRITE,
+    offset_bytes: int = 0,
+    address: int = HVA,
+) -> Iterator[None]:
+    """At a place of one's own choice, in the place of what was mapped there."""
+    flags |= _MAP_FIXED
+    if _mmap(address, length_bytes, protection, flags, fd, offset_bytes) != address:
+        raise OSError(ctypes.get_errno(), f"mmap at {address:#x}")
+    try:
+        yield
+    finally:
+        assert _munmap(address, length_bytes) == 0
 
 
 @contextmanager

@@ -199,15 +199,15 @@ async def test_devices_and_who_watches_their_dma_are_handed_over(
     async with listener:
         raw = RawClient(path)
         raw.say(HELLO)
+        some = (RangeMessage(0, 8192, 0x10000, 4096),)
         with memory() as memfd, page_map() as pagemap:
             raw.say(REGION, fds=[memfd])
             raw.say(SOURCE, fds=[pagemap])
-        some = (RangeMessage(0, 8192, 0x10000, 4096),)
-        raw.say(SourceMessage(SourceKind.HWPT, 5, 1 << 21, some), fds=[null])
-        raw.say(SourceMessage(SourceKind.DEVICE_LOG, 0, 4096, some), fds=[zero])
-        raw.say(DeviceMessage("nic"), fds=[zero])
-        raw.say(OfferEnd(1, 3, 1))
-        await until(lambda: bool(came))
+            raw.say(SourceMessage(SourceKind.HWPT, 5, 1 << 21, some), fds=[null])
+            raw.say(SourceMessage(SourceKind.DEVICE_LOG, 0, 4096, some), fds=[zero])
+            raw.say(DeviceMessage("nic"), fds=[zero])
+            raw.say(OfferEnd(1, 3, 1))
+            await until(lambda: bool(came))
         _, hwpt, log = came[0].sources
         assert isinstance(hwpt, OfferedHwpt)
         assert (hwpt.hwpt_id, hwpt.page_size_bytes) == (5, 1 << 21)

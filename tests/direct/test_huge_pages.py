@@ -57,7 +57,7 @@ def test_only_huge_pages_have_to_be_there(is_huge: bool, monkeypatch: pytest.Mon
 
     if is_huge:
         in_pages_of(2 * MIB, monkeypatch)
-    builder = OfferBuilder(OfferLimits(), Noting())
+    builder = OfferBuilder(OfferLimits(), Noting(), os.getpid())
     with memory(4 * MIB) as fd, page_map() as pagemap:
         builder.add(REGION, os.dup(fd))  # type: ignore[arg-type]  # offer() gives all kinds
         builder.add(SOURCE, os.dup(pagemap))  # type: ignore[arg-type]  # so

@@ -11,6 +11,7 @@ scripted:
 from __future__ import annotations
 
 import array
+import ctypes
 import mmap
 import os
 import socket
@@ -188,7 +189,8 @@ class ScriptedVmm:
     def _offer(self) -> None:
         assert self._region is not None
         fd, length_bytes = self._region
-        hva = 1 << 40  # nobody scans it
+        assert self._memory is not None
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._say(RegionMessage(0, 0, length_bytes, 0, hva), fd=fd)
         watched = (RangeMessage(0, 0, hva, length_bytes),)
         self._say(SourceMessage(SourceKind.PROCESS, 0, 4096, watched), fd=self._pagemap)
