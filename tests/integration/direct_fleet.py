@@ -2,15 +2,25 @@
 
 What `fleet` and `scenarios` have for QEMU's guests holds here too: a DirectFleet is a Fleet, and
 what it calls QEMUs are processes with a guest.
+
+MIGRD_TEST_DIRECT_MIB says how large the guest of these tests is (64 if it is not set); a
+quarter of a larger one is not zero, or FULL of it, and every deadline of the tests grows with it:
+
+    MIGRD_TEST_DIRECT_MIB=4096 python -m pytest -n0 tests/integration/test_direct_moving.py
+
+Source and destination need that much each. With MIGRD_TEST_DIRECT_LOG=<file>, a line of JSON per
+migration that ended is appended there: its phase, where the guest runs, its figures.
 """
 
 import asyncio
 import contextlib
 import glob
+import json
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from migrd.cli.client import path
 from migrd.cli.exits import CommandError
@@ -25,14 +35,37 @@ from tests.lab.freezing_proxy import freezing_proxy
 GUEST = Path(__file__).with_name("direct_guest.py")
 WORKERS = 2
 PAGES = MIB // 4096
+LEAST_MIB, MOST_MIB = 64, 65536
+
+
+def memory_mib_of(environment: Mapping[str, str]) -> int:
+    """The size of the tests' guest. Raises ValueError."""
+    name = "MIGRD_TEST_DIRECT_MIB"
+    said = environment.get(name, str(LEAST_MIB))
+    if not said.isascii() or not said.isdigit() or not LEAST_MIB <= int(said) <= MOST_MIB:
+        raise ValueError(f"{name}={said!r}: a number of MiB from {LEAST_MIB} to {MOST_MIB}")
+    return int(said)
+
+
+MEMORY_MIB = memory_mib_of(os.environ)
+PATIENCE = max(1.0, MEMORY_MIB / 512)
+"""Every deadline of the tests is so many times what it is with a small guest."""
 CALM: dict[str, Json] = {
-    "memory_mib": 64,
+    "memory_mib": MEMORY_MIB,
     "working_set_mib": 8,
-    "filling_mib": 8,
+    "filling_mib": 8 if MEMORY_MIB == LEAST_MIB else MEMORY_MIB // 4,
     "dirty_mib_per_s": 4,
 }
+FULL: dict[str, Json] = {**CALM, "filling_mib": MEMORY_MIB - 32}
+"""Hardly a page of it is zero."""
 LIVELY: dict[str, Json] = {**CALM, "working_set_mib": 24, "dirty_mib_per_s": 16}
 """With a bandwidth limit below that it never converges."""
+
+
+def switchover_deadline(least_s: float) -> str:
+    """The line of a configuration. The guest takes the checksum of all its memory meanwhile, on
+    both sides."""
+    return f"switchover_deadline_s = {least_s + (MEMORY_MIB - LEAST_MIB) / 200}\n"
 
 
 @dataclass
@@ -54,6 +87,41 @@ class DirectFleet(Fleet):
     async def define(self, host: str, **changes: Json) -> None:
         body: Json = {"profile": "demo", "parameters": {**self.parameters, **changes}}
         await self.call(host, "PUT", path("vms", VM), body=body)
+
+    # A large guest takes its time -----------------------------------------------------------
+
+    async def migrate(self, source: str, destination: str, **more: Json) -> str:
+        policy = more.pop("policy", {})
+        assert isinstance(policy, dict)
+        policy = {"deadline_s": 60 * PATIENCE, **policy}
+        return await super().migrate(source, destination, policy=policy, **more)
+
+    async def until(
+        self,
+        host: str,
+        migration_id: str,
+        fits: Callable[[dict[str, Any]], bool],
+        *,
+        within_s: float = 30.0,
+    ) -> dict[str, Any]:
+        within_s *= PATIENCE
+        return await super().until(host, migration_id, fits, within_s=within_s)
+
+    async def ended(self, host: str, migration_id: str, within_s: float = 45.0) -> dict[str, Any]:
+        seen = await super().ended(host, migration_id, within_s)
+        await asyncio.to_thread(note, seen)
+        return seen
+
+    async def counts_on(self, host: str, beats: int = 10, *, within_s: float = 15.0) -> None:
+        await super().counts_on(host, beats, within_s=within_s * PATIENCE)
+
+    async def held(self, host: str, when: str, trigger: str, *, within_s: float = 30.0) -> None:
+        await super().held(host, when, trigger, within_s=within_s * PATIENCE)
+
+    async def only_qemus(self, count: int, *, within_s: float = 10.0) -> list[int]:
+        return await super().only_qemus(count, within_s=within_s * PATIENCE)
+
+    # The guest --------------------------------------------------------------------------------
 
     async def start_guest(self, host: str) -> None:
         await self.define(host)
@@ -111,6 +179,14 @@ class DirectFleet(Fleet):
         return self.directory / "told"
 
 
+def note(seen: Mapping[str, Any]) -> None:
+    """Append what is to be known of a migration to MIGRD_TEST_DIRECT_LOG, if there is one."""
+    if path := os.environ.get("MIGRD_TEST_DIRECT_LOG"):
+        test = os.environ.get("PYTEST_CURRENT_TEST", "")
+        with Path(path).open("a") as file:
+            file.write(json.dumps({"test": test, "memory_mib": MEMORY_MIB, **seen}) + "\n")
+
+
 def _guests_below(directory: Path) -> list[int]:
     """Processes that were launched to hand over below a directory, as the kernel says."""
     found = []
@@ -143,6 +219,9 @@ async def direct_fleet(
 ) -> AsyncIterator[DirectFleet]:
     """Two daemons, ready, and no guest yet. `profiles`: further ones, by name."""
     more = {name: dict((settings or {}).get(name, {})) for name in ("alpha", "beta")}
+    for lines in more.values() if MEMORY_MIB > LEAST_MIB else ():
+        if "switchover_deadline_s" not in lines.get("migration", ""):
+            lines["migration"] = lines.get("migration", "") + switchover_deadline(3.0)
     port = (await asyncio.to_thread(hosts.free_ports, 1))[0]
     if proxied:
         more["alpha"]["roster"] = f'migration_host = "{STREAM_HOST}"\n'

@@ -9,22 +9,36 @@ import pytest
 
 from migrd.cli.seen import Json
 from migrd.demo import hosts
-from tests.integration.direct_fleet import CALM, LIVELY, DirectFleet, direct_fleet, running
+from tests.integration.direct_fleet import (
+    CALM,
+    LIVELY,
+    PATIENCE,
+    DirectFleet,
+    direct_fleet,
+    running,
+    switchover_deadline,
+)
+from tests.integration.fleet import TERMINAL
 from tests.integration.scenarios import (
     FAST,
+    PATIENT,
+    PIECE_S,
     full_speed,
     hurry,
-    in_switchover,
     moved,
     moves_again,
     stayed,
     stays_and_moves_again,
 )
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(180 * PATIENCE)
 
 SLOW: dict[str, Json] = {"max_bandwidth_bytes_per_s": 8 << 20}
 """LIVELY writes more than that."""
+NEVER: dict[str, Json] = {"downtime_limit_ms": 30, "when_not_converging": "wait"}
+"""What a switchover costs by itself: a guest that writes at all is copied, and copied on."""
+STANDS_BYTES = 16 << 20
+"""What is left for the switchover, at the least: some 1.6 s on a slow road."""
 
 
 async def in_precopy(two: DirectFleet, **more: Json) -> str:
@@ -34,6 +48,37 @@ async def in_precopy(two: DirectFleet, **more: Json) -> str:
         "alpha", migration, lambda seen: (seen["progress"]["transferred_bytes"] or 0) > 1 << 20
     )
     return migration
+
+
+async def copied(two: DirectFleet, source: str, destination: str) -> str:
+    """A migration that has copied all memory once, as fast as it could, and will not end."""
+    migration = await two.migrate(source, destination, policy=NEVER)
+    seen = await two.until(
+        source,
+        migration,
+        lambda seen: seen["progress"]["rounds"] >= 2 or seen["phase"] in TERMINAL,
+    )
+    assert seen["phase"] == "precopy", seen
+    return migration
+
+
+async def in_switchover(two: DirectFleet) -> str:
+    """A migration whose guest stands still for some seconds while the rest is sent."""
+    assert two.stream is not None, "make the fleet with proxied=True"
+    migration = await copied(two, "alpha", "beta")
+    two.stream.to_target.delay_s = PIECE_S
+    await two.until(
+        "alpha",
+        migration,
+        lambda seen: (seen["progress"]["remaining_bytes"] or 0) > STANDS_BYTES,
+    )
+    await change(two, "alpha", migration, PATIENT)
+    await two.phase("alpha", migration, "switchover")
+    return migration
+
+
+async def change(two: DirectFleet, host: str, migration: str, policy: Json) -> None:
+    await two.call(host, "PATCH", f"/v1/migrations/{migration}/policy", body=policy)
 
 
 async def only_guest(two: DirectFleet, host: str) -> int:
@@ -161,7 +206,7 @@ async def test_a_daemon_killed_at_a_record_takes_the_migration_up_again(
 async def test_a_link_that_is_cut_or_stands_still_gives_the_guest_back(
     short_tmp_path: Path,
 ) -> None:
-    quick = {"alpha": {"migration": "stall_s = 2.0\nswitchover_deadline_s = 2.0\n"}}
+    quick = {"alpha": {"migration": "stall_s = 2.0\n" + switchover_deadline(2.0)}}
     async with running(short_tmp_path, parameters=LIVELY, proxied=True, settings=quick) as two:
         assert two.stream is not None
         migration = await in_precopy(two)
@@ -198,7 +243,7 @@ async def test_limits_and_throttle_take_effect_while_it_runs(short_tmp_path: Pat
         assert (await two.migration("alpha", migration))["phase"] == "precopy"
         await hurry(two, migration)
         seen = await moved(two, migration)
-        assert seen["blackout_ms"] < 2000
+        assert seen["blackout_ms"] < 2000 * PATIENCE
 
 
 async def test_a_guest_that_writes_too_fast_is_slowed_or_moved_by_force(
@@ -206,10 +251,12 @@ async def test_a_guest_that_writes_too_fast_is_slowed_or_moved_by_force(
 ) -> None:
     async with running(short_tmp_path, parameters={**CALM, "dirty_mib_per_s": 16}) as two:
         policy: Json = {**SLOW, "when_not_converging": "throttle", "max_throttle_percent": 99}
-        seen = await moved(two, await two.migrate("alpha", "beta", policy=policy))
-        assert seen["progress"]["throttle_percent"] > 0
-        migration = await two.migrate("beta", "alpha", policy=SLOW)
-        await two.phase("beta", migration, "precopy")
+        migration = await copied(two, "alpha", "beta")
+        await change(two, "alpha", migration, policy)
+        await two.until("alpha", migration, lambda seen: seen["progress"]["throttle_percent"] > 0)
+        await change(two, "alpha", migration, {"downtime_limit_ms": 300})
+        await moved(two, migration)
+        migration = await copied(two, "beta", "alpha")
         await two.call("beta", "POST", f"/v1/migrations/{migration}:switchover")
         seen = await two.ended("beta", migration)
         assert seen["phase"] == "succeeded", seen["cause"]
@@ -257,7 +304,7 @@ async def test_a_source_that_loses_its_connection_is_moved_all_the_same(
         migration = await in_precopy(two)
         os.kill(await only_guest(two, "alpha"), signal.SIGUSR1)
         await asyncio.sleep(0.5)
-        await two.call("alpha", "PATCH", f"/v1/migrations/{migration}/policy", body=FAST)
+        await change(two, "alpha", migration, FAST)
         await moved(two, migration)
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.direct_fleet import running
+from tests.integration.direct_fleet import FULL, PATIENCE, running
 from tests.integration.scenarios import moved
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(180 * PATIENCE)
 
 
 def open_files(pid: int) -> int:
@@ -16,7 +16,7 @@ def open_files(pid: int) -> int:
 
 
 async def test_there_and_back_again_and_again_without_a_leak(short_tmp_path: Path) -> None:
-    async with running(short_tmp_path) as two:
+    async with running(short_tmp_path, parameters=FULL) as two:
         source, destination = "alpha", "beta"
         held: list[int] = []
         for moves in range(1, 7):
@@ -32,6 +32,6 @@ async def test_there_and_back_again_and_again_without_a_leak(short_tmp_path: Pat
 
 
 async def test_the_stream_is_encrypted_where_it_is_required(short_tmp_path: Path) -> None:
-    async with running(short_tmp_path, tls=True) as two:
+    async with running(short_tmp_path, parameters=FULL, tls=True) as two:
         migration = await two.migrate("alpha", "beta", multifd_channels=3)
         await moved(two, migration)
