@@ -97,6 +97,7 @@ async def running(settings: Settings, notifier: Notifier) -> AsyncIterator[None]
         probe = LoopLagProbe(metrics.loop_lag)
         background = await stack.enter_async_context(_background())
         background.create_task(probe.run(), name="loop-lag")
+        await exposition.refresh()  # a first scrape must not find nothing
         background.create_task(exposition.run(), name="metrics")
         await _listen_for_peers(settings, engine, tls, background, stack)
         await _listen_for_clients(settings, engine, exposition, stack)

@@ -30,7 +30,7 @@ from migrd.engine.ports import PortRange
 from migrd.errors import MigrdError, PeerRefused, ReceiveError, Unavailable, VmmRefused
 
 TICK_S: Final = 0.1
-ANOTHER_SESSION_S: Final = 10.0
+ANOTHER_SESSION_S: Final = 45.0
 """So long the source's daemon may be away before what it had sent is given up."""
 ENDED: Final = "the transfer was ended by the destination"
 ANY_PORT: Final = (0, 0)

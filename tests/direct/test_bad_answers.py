@@ -91,7 +91,7 @@ async def test_the_state_in_a_late_answer_is_closed(host: Host, vmm: ScriptedVmm
             await client.save_state(within_s=0.1)
         answer_now.set()
         await client.ask_state()
-        assert open_descriptors() == before
+        assert open_descriptors() <= before
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ async def test_a_state_that_is_none_is_refused_and_closed(
             await asked
         os.close(fd)
         os.close(other)
-        assert open_descriptors() == before
+        assert open_descriptors() <= before
         raw.close()
 
 
