@@ -106,7 +106,7 @@ class Vmm:
         """Become that guest; do not run it. Its memory is there."""
 
     def memory_arrived(self, regions: Sequence[GuestRegion]) -> None:
-        """All memory of the guest to come, mapped; its contents come later."""
+        """All memory of the guest that has come, contents and all; it stands still meanwhile."""
 
     def pause(self) -> None:
         """Stop what the gate does not: on return nothing may write guest memory."""

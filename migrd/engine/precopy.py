@@ -150,7 +150,7 @@ class Steering:
         m, before = self._m, self._m.sample
         moved = sample.transferred_bytes or 0
         sent = moved - ((before.transferred_bytes or 0) if before else 0)
-        if before is None or sent > 0 or m.moved_at_s is None:
+        if before is None or sent > 0 or _is_nearer(before, sample) or m.moved_at_s is None:
             m.moved_at_s = now_s
         if sent > 0:
             channel = "multifd" if m.stored.request.multifd_channels else "ram"
@@ -358,6 +358,12 @@ class Steering:
             return m.event(Trigger.GUEST_DIED, cause=Cause(exc.code, from_))
         now_s = m.world.clock.monotonic_s()
         return m.event(Trigger.SWITCHOVER_REACHED, stopped_at_s=now_s)
+
+
+def _is_nearer(before: TransferSample, sample: TransferSample) -> bool:
+    """Less is left, though nothing was sent: zero pages are skipped."""
+    left, was_left = sample.remaining_bytes, before.remaining_bytes
+    return left is not None and was_left is not None and left < was_left
 
 
 def is_pointless(m: Outgoing) -> bool:

@@ -80,7 +80,7 @@ typedef struct migrd_vmm {
     const void *(*save_state)(void *opaque, size_t *length);
     /* Become that guest; do not run it. Its memory is there. */
     int (*load_state)(void *opaque, const void *state, size_t length);
-    /* All memory of the guest to come, mapped; its contents come later. */
+    /* All memory of the guest that has come, contents and all; it stands still meanwhile. */
     int (*memory_arrived)(void *opaque, const migrd_region *regions, size_t count);
     void (*departed)(void *opaque);
     int (*throttle)(void *opaque, unsigned percent);
