@@ -207,6 +207,15 @@ def profile_text(told: Path) -> str:
     return text
 
 
+def _settings_for_size(settings: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """A large guest takes its time where it stands still."""
+    more = {name: dict(settings.get(name, {})) for name in ("alpha", "beta")}
+    for lines in more.values() if MEMORY_MIB > LEAST_MIB else ():
+        if "switchover_deadline_s" not in lines.get("migration", ""):
+            lines["migration"] = lines.get("migration", "") + switchover_deadline(3.0)
+    return more
+
+
 @contextlib.asynccontextmanager
 async def direct_fleet(
     directory: Path,
@@ -218,10 +227,7 @@ async def direct_fleet(
     profiles: Mapping[str, str] | None = None,
 ) -> AsyncIterator[DirectFleet]:
     """Two daemons, ready, and no guest yet. `profiles`: further ones, by name."""
-    more = {name: dict((settings or {}).get(name, {})) for name in ("alpha", "beta")}
-    for lines in more.values() if MEMORY_MIB > LEAST_MIB else ():
-        if "switchover_deadline_s" not in lines.get("migration", ""):
-            lines["migration"] = lines.get("migration", "") + switchover_deadline(3.0)
+    more = _settings_for_size(settings or {})
     port = (await asyncio.to_thread(hosts.free_ports, 1))[0]
     if proxied:
         more["alpha"]["roster"] = f'migration_host = "{STREAM_HOST}"\n'
