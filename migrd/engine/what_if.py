@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass, replace
 
 from migrd.core.device_preflight import as_refusal
-from migrd.core.facts import VmFacts, VmSpec
+from migrd.core.facts import Feature, VmFacts, VmSpec
 from migrd.core.migration import Mode, Refusal
 from migrd.core.standing import StandingDecision
 from migrd.core.vfio_launch import VfioLaunch
@@ -114,6 +114,8 @@ def _refusals(decided: Decided) -> tuple[Refusal, ...]:
 
 
 def _modes(spec: VmSpec, facts: VmFacts | None) -> tuple[Mode, ...]:
-    """QEMU refuses postcopy for passthrough devices."""
-    has_devices = bool(spec.devices) or facts is None or bool(facts.passthrough_devices)
+    """QEMU refuses postcopy for passthrough devices; other VMMs may have none."""
+    if facts is None or Feature.POSTCOPY not in facts.features:
+        return (Mode.PRECOPY,)
+    has_devices = bool(spec.devices) or bool(facts.passthrough_devices)
     return (Mode.PRECOPY,) if has_devices else (Mode.PRECOPY, Mode.POSTCOPY)
