@@ -3,6 +3,7 @@ over a working set of 300 MiB, and one (its name begins with "idle") that writes
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ def reading(window_s: float, rate: float) -> RateReading:
     return RateReading(window_s, 4096, Figure(found, 0.9 * found, 1.1 * found + MIB), 0.002)
 
 
-class FakeRates:
+class FakeRates(ABC):
     """The part of Service that is about dirty rates."""
 
     sampling_state: Mapping[str, SamplingState] = {}
@@ -43,8 +44,8 @@ class FakeRates:
     rate_trouble: Trouble | None = None
     asked_for_rates: tuple[str, ...] = ()
 
-    def vm(self, name: str) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def vm(self, name: str) -> Any: ...
 
     def dirty_rates(self, vm: str) -> DirtyRatesView:
         return DirtyRatesView(vm, self._state_of(vm), self._trackers(vm))
