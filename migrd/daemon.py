@@ -21,6 +21,7 @@ from typing import Final
 import structlog
 
 import migrd
+from migrd import failpoints
 from migrd.api.app import build_app
 from migrd.api.auth import Gate, load_tokens
 from migrd.api.models_migration import Defaults
@@ -71,6 +72,7 @@ DAY_S: Final = 86400.0
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT. Raises ConfigError, JournalError when it cannot start."""
     configure(settings.log)
+    failpoints.arm_from_environment()
     notifier = Notifier()  # takes systemd's variables out of the environment, before any QEMU
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

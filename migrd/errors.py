@@ -33,6 +33,9 @@
     │   ├── DeviceTimedOut   the kernel does not answer: NOT known what came of it; the call goes on
     │   ├── DeviceNeedsReset no way leads from where it stands but a reset, which loses its state
     │   └── DeviceRefused    it cannot do this, or what arrived is not its own: nothing was changed
+    ├── ArbiterError         about the third party that says who may run a VM
+    │   ├── ArbiterUnavailable  no answer: NOT known whether a write took effect: read again
+    │   └── ArbiterConflict  the record is not what the write was decided on: nothing was changed
     └── JournalError         the journal cannot be written or read: no step may be taken on it
 
 What the caller can do is in the class; what happened is in `code` (stable, snake_case) and the
@@ -268,6 +271,23 @@ class DeviceRefused(DeviceError):
     """The device cannot do it, or what came for it is not its own, or not in order."""
 
     code = "device_refused"
+
+
+class ArbiterError(MigrdError):
+    code = "arbiter_error"
+
+
+class ArbiterUnavailable(ArbiterError):
+    """No answer in time. It is not known whether a write took effect: read again."""
+
+    code = "arbiter_unavailable"
+    retryable = True
+
+
+class ArbiterConflict(ArbiterError):
+    """The record is not what the write was decided on; nothing was changed."""
+
+    code = "arbiter_conflict"
 
 
 class JournalError(MigrdError):

@@ -38,6 +38,7 @@ from migrd.errors import (
     VmmRefused,
     VmmTimedOut,
 )
+from migrd.failpoints import around
 
 log = structlog.get_logger(__name__)
 
@@ -141,7 +142,8 @@ class Incoming(IncomingRecord):
         world, stored = self.world, self.stored
         async with asyncio.timeout(world.options.prepare_deadline_s):
             if self.vmm is None:
-                self.vmm = await self.launch(stored)
+                with around("destination.launch"):
+                    self.vmm = await self.launch(stored)
             settings = replace(
                 stored.settings,
                 peer_name=stored.source,
@@ -223,7 +225,8 @@ class Incoming(IncomingRecord):
         if vmm.is_dead:
             raise VmmDied(f"process {vmm.pid} is dead")
         if self.state.run_guest:
-            with contextlib.suppress(VmmTimedOut, VmmRefused):  # looked at below
+            # whatever comes of it is looked at below
+            with contextlib.suppress(VmmTimedOut, VmmRefused), around("destination.cont"):
                 await vmm.run_guest()
             state = await vmm.run_state()
             if state in RAN_AND_STOPPED:
@@ -372,7 +375,8 @@ class Incoming(IncomingRecord):
             if vmm.is_dead:
                 break
             try:
-                await vmm.quit()
+                with around("destination.quit"):
+                    await vmm.quit()
             except VmmError as exc:
                 self.log.warning("the discarded QEMU does not end", cause=exc.message)
                 await asyncio.sleep(RETRY_S)

@@ -21,6 +21,7 @@ from migrd.core.handover import (
 from migrd.core.migration import Mode
 from migrd.engine.ports import DestinationView, Peer, StoredIncoming, StoredVm, Vmm
 from migrd.engine.world import World
+from migrd.failpoints import reached
 
 log = structlog.get_logger(__name__)
 
@@ -145,11 +146,18 @@ class IncomingRecord:
         if triggers == (DestinationTrigger.GUEST_LOADED,):
             self._unsaved += events
         else:
-            vm = self._vm_after(state)
-            await self.world.journal.append_incoming(self.id, [*self._unsaved, *events], vm)
-            self._unsaved = []
+            await self._save(events, state)
         for state in states:
             self._enter(state)
+
+    async def _save(self, events: Sequence[DestinationEvent], after: DestinationState) -> None:
+        every = [*self._unsaved, *events]
+        for event in every:
+            reached(f"destination.{event.trigger.value}.deciding")
+        await self.world.journal.append_incoming(self.id, every, self._vm_after(after))
+        self._unsaved = []
+        for event in every:
+            reached(f"destination.{event.trigger.value}.journalled")
 
     def _vm_after(self, state: DestinationState) -> StoredVm | None:
         if state.phase is DestinationPhase.REFUSED and self.state.phase in STARTED:

@@ -41,6 +41,7 @@ from migrd.engine.outgoing_record import OutgoingRecord
 from migrd.engine.ports import Peer, StoredRequest, StoredVm, Vmm
 from migrd.engine.world import World
 from migrd.errors import JournalError, MigrdError, PeerError, VmmDied
+from migrd.failpoints import reached
 
 log = structlog.get_logger(__name__)
 
@@ -227,6 +228,7 @@ class Outgoing(OutgoingRecord):
         """Advance, save, publish. Raises JournalError or IllegalTransition: nothing changed."""
         async with self._lock:
             new, _ = advance(self.state, event)
+            reached(f"source.{event.trigger.value}.deciding")
             if event.trigger in SAVED_MEANWHILE:
                 await self._saved()
                 self._saving = asyncio.create_task(self._save(event, act_first=True))
@@ -253,6 +255,7 @@ class Outgoing(OutgoingRecord):
         else:
             self._unsaved = []
             self.settle("JournalFailing")
+            reached(f"source.{event.trigger.value}.journalled")
 
     async def _flush(self) -> None:
         """Whatever was left unsaved is written before the task ends."""

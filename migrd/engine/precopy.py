@@ -32,6 +32,7 @@ from migrd.engine.ports import DestinationView
 from migrd.engine.rounds import RoundCounter, record_decision, record_round
 from migrd.engine.stopped_copy import StoppedCopy
 from migrd.errors import MigrdError, PeerError, PeerRefused, VmmDied, VmmRefused
+from migrd.failpoints import around
 
 TICK_S: Final = 0.5
 """Without a round or a change of status the situation is looked at this often."""
@@ -106,7 +107,8 @@ class Steering:
         if m.state.address is None:
             raise MigrdError("the destination's address is not known", code="no_address")
         m.resumed = True  # from here on a second run of this step must not issue it again
-        await m.vmm.start_outgoing(m.state.address)
+        with around("source.migrate"):
+            await m.vmm.start_outgoing(m.state.address)
         self._began_at_s = m.world.clock.monotonic_s()
 
     async def _found_going_on(self) -> bool:

@@ -21,6 +21,7 @@ from migrd.core.phases import Trigger
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView
 from migrd.errors import PeerError, VmmDied, VmmError, VmmRefused, VmmTimedOut
+from migrd.failpoints import around
 
 CANCEL_S: Final = 2.0
 """So long a cancel may take to show before the connection is yanked."""
@@ -168,7 +169,8 @@ async def _see_it_run(m: Outgoing) -> None:
         if state in STOPPED:
             m.may_have_run = True
             with contextlib.suppress(VmmRefused):  # e.g. a moment too early: look again
-                await m.vmm.run_guest()
+                with around("source.resume"):
+                    await m.vmm.run_guest()
                 continue
         await asyncio.sleep(LOOK_S)
 
@@ -177,7 +179,8 @@ async def _discard(m: Outgoing) -> None:
     """Tell the destination; when it does not hear, it finds out by asking, or by its deadline."""
     try:
         async with asyncio.timeout(DISCARD_S):
-            await m.peer.discard(m.id, m.state.epoch, _why(m))
+            with around("source.discard"):
+                await m.peer.discard(m.id, m.state.epoch, _why(m))
     except (TimeoutError, PeerError) as exc:
         m.log.warning("the destination was not told; it will ask", cause=str(exc))
 

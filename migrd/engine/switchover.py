@@ -40,6 +40,7 @@ from migrd.errors import (
     VmmTimedOut,
     VmmUnreachable,
 )
+from migrd.failpoints import around
 
 NEAR_S: Final = 0.25
 ASK_S: Final = 0.3
@@ -157,7 +158,8 @@ async def _continue(m: Outgoing) -> bool:
     """
     begun = m.ahead.take_switchover()
     try:
-        await (begun or m.vmm.continue_switchover())
+        with around("source.continue"):
+            await (begun or m.vmm.continue_switchover())
     except VmmTimedOut:
         return True
     except (VmmUnreachable, VmmRefused) as exc:  # refused: it was said before
@@ -309,7 +311,8 @@ async def _ask_until_answered(m: Outgoing, *, died_is_unknown: bool = True) -> M
 async def _grant_once(m: Outgoing, died_is_unknown: bool) -> MigrationEvent | None:
     """One GRANT; None when the answer settles nothing."""
     try:
-        view = await m.peer.grant(m.id, m.state.epoch, run_guest=m.state.run_guest)
+        with around("source.grant"):
+            view = await m.peer.grant(m.id, m.state.epoch, run_guest=m.state.run_guest)
     except PeerRefused as exc:
         m.trouble("DestinationUnclear", f"{m.peer.name}: {exc.message}")
         return None
@@ -363,7 +366,8 @@ async def _until_ended(m: Outgoing) -> None:
     """Until the source's process is proven dead."""
     while not m.vmm.is_dead:
         try:
-            await m.vmm.quit()
+            with around("source.quit"):
+                await m.vmm.quit()
         except VmmDied:
             return
         except VmmError as exc:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from migrd.core.devices import Inventory
 from migrd.core.facts import Round
+from migrd.engine.arbiter_port import Arbiter, NoArbiter
 from migrd.engine.device_ports import DeviceInventory, Passthrough
 from migrd.engine.no_devices import NoInventory, NoPassthrough
 from migrd.engine.options import EngineOptions
@@ -88,5 +89,6 @@ class World:
     observer: Observer = field(default_factory=NobodyWatches)
     inventory: DeviceInventory = field(default_factory=NoInventory)
     passthrough: Passthrough = field(default_factory=NoPassthrough)
+    arbiter: Arbiter = field(default_factory=NoArbiter)
     open_pidfd: Callable[[int], int] = os.pidfd_open
     """A descriptor of a process, by its pid. Raises ProcessLookupError when it is gone."""
