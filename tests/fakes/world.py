@@ -100,8 +100,7 @@ class Daemon:
         launcher: Any = GatedLauncher(self.gate, self.launcher)
         peers: dict[str, Any] = {
             other: Gated(self.gate, "peer", RoadPeer(pair.road, self.name, other))
-            for other in pair.hosts
-            if other != self.name
+            for other in pair.peers_of(self.name)
         }
         stream = Stream(history=options.history, queue=options.queue, wall_s=clock.wall_s)
         peer_map: Mapping[str, Peer] = peers
@@ -188,6 +187,10 @@ class Pair:
         self.is_paused_guest = False
         """The guest is not to run, here or there."""
         self._restorers: list[Callable[[], None]] = []
+
+    def peers_of(self, name: str) -> list[str]:
+        """The hosts that one has in its roster."""
+        return [other for other in self.hosts if other != name]
 
     # Life -------------------------------------------------------------------------------------
 
