@@ -18,6 +18,10 @@ from migrd.errors import PeerError
 log = structlog.get_logger(__name__)
 
 ASK_S: Final = 5.0
+AT_ONCE: Final = 16
+PEERS_PER_S: Final = 50
+"""Peers asked, at most: in a fleet of thousands everybody is in everybody's roster, and asking all
+of them each interval would be most of what a daemon, and its network, does."""
 
 
 class HostFacts:
@@ -83,10 +87,21 @@ class HostFacts:
         while True:
             try:
                 self._memory_bytes = await memory_available_bytes()
-                await asyncio.gather(*(self._ask(peer) for peer in self._world.peers.values()))
+                await self._ask_all()
             except Exception as exc:  # what is only looked at must not end the daemon
                 log.error("looking at peers failed", exc_info=exc)
             await asyncio.sleep(self._world.options.peer_interval_s)
+
+    async def _ask_all(self) -> None:
+        """A few at a time, and no faster than PEERS_PER_S: a large roster takes longer instead."""
+        peers = list(self._world.peers.values())
+        for first in range(0, len(peers), AT_ONCE):
+            some = peers[first : first + AT_ONCE]
+            began_s = self._world.clock.monotonic_s()
+            await asyncio.gather(*(self._ask(peer) for peer in some))
+            took_s = self._world.clock.monotonic_s() - began_s
+            if len(some) == AT_ONCE:
+                await asyncio.sleep(max(0.0, AT_ONCE / PEERS_PER_S - took_s))
 
     async def _ask(self, peer: Peer) -> None:
         before, version, error = self._peers[peer.name], None, None
