@@ -422,12 +422,53 @@ class StoredVm:
 
 
 @dataclass(frozen=True)
+class KnownThen:
+    """What could be seen of both sides when an operator gave a word."""
+
+    phase: str
+    cause: str | None
+    """Code of what had called for a person."""
+    run_state: str | None
+    """Of the VMM on this host; `dead` on proof, None: it did not say."""
+    pid: int | None
+    peer: str
+    """The other host."""
+    peer_phase: str | None = None
+    """What migrd there said of its side; None: it did not answer."""
+    peer_vmm_died: bool | None = None
+    peer_guest_running: bool | None = None
+    peer_problem: str | None = None
+    """Why it did not answer, or what it said was wrong."""
+
+
+@dataclass(frozen=True)
+class StoredResolution:
+    """An operator's word on a migration; durable before it is carried out, and kept as long as the
+    migration."""
+
+    migration_id: str
+    role: str
+    """`source` or `destination`: which side this host is."""
+    resolution: str
+    """service.Resolution."""
+    evidence: str
+    by: str
+    """Who said it: the uid, or the token's name."""
+    host: str
+    wall_s: float
+    monotonic_s: float
+    known: KnownThen
+
+
+@dataclass(frozen=True)
 class Replay:
     """Everything the journal holds, for recovery."""
 
     vms: Sequence[StoredVm]
     outgoing: Sequence[tuple[StoredRequest, Sequence[MigrationEvent]]]
     incoming: Sequence[tuple[StoredIncoming, Sequence[DestinationEvent]]]
+    resolutions: Sequence[StoredResolution] = ()
+    """Of each migration in the order they were given."""
 
 
 class Journal(Protocol):
@@ -447,6 +488,10 @@ class Journal(Protocol):
     async def append_incoming(
         self, migration_id: str, events: Sequence[DestinationEvent], vm: StoredVm | None = None
     ) -> None: ...
+
+    async def add_resolution(self, word: StoredResolution) -> None:
+        """Append an operator's word. Raises JournalError (`unknown_migration`) when there is no
+        such migration in that role."""
 
     async def put_vm(self, vm: StoredVm) -> None: ...
 

@@ -10,10 +10,17 @@ Rules
 3. Reading is strict. A field that we do not know may carry a promise that we would break, so it
    stops the replay, as do an unknown trigger, another type or a wrong checksum. A field that is
    missing takes its default: an older version wrote the record.
+4. A kind gets a new version when an older migrd could misread or not read its records any more,
+   which a new field is enough for: the older migrd then refuses the file before it touches it
+   (`opening`). `upgrades` brings the fields of older versions up, one version at a time, as they
+   are read; what is on disk stays as it was written. (tests/journal/test_versions.py holds each
+   kind to the fields of its version.)
 """
 
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Generic, TypeVar
 
 import orjson
@@ -22,9 +29,12 @@ from pydantic_core import PydanticSerializationError
 
 from migrd.core.handover import DestinationEvent
 from migrd.core.migration import MigrationEvent
-from migrd.engine.ports import StoredIncoming, StoredRequest, StoredVm
+from migrd.engine.ports import StoredIncoming, StoredRequest, StoredResolution, StoredVm
 
 T = TypeVar("T")
+
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
+"""The fields of a record of version n -> those of version n + 1. May raise UnreadableRecord."""
 
 
 class UnreadableRecord(Exception):
@@ -44,9 +54,21 @@ class Sealed:
 class Codec(Generic[T]):
     """Writes and reads one kind of record."""
 
-    def __init__(self, kind: str, version: int, type_: type[T]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        version: int,
+        type_: type[T],
+        upgrades: Mapping[int, Upgrade] = MappingProxyType({}),
+    ) -> None:
+        """`upgrades`: version n -> to n + 1, for each n below `version`. Raises ValueError for any
+        that is missing."""
+        if set(upgrades) != set(range(1, version)):
+            raise ValueError(f"{kind}: version {version} needs an upgrade from each before it")
         self.kind = kind
         self.version = version
+        self._upgrades = upgrades
+        self.type: type[Any] = type_
         self._adapter = TypeAdapter(type_)  # slow to build: at import, never on the event loop
 
     def write(self, value: T) -> Sealed:
@@ -63,20 +85,36 @@ class Codec(Generic[T]):
     def read(self, sealed: Sealed) -> T:
         if sealed.kind != self.kind:
             raise UnreadableRecord(f"kind {sealed.kind!r}, {self.kind!r} expected")
-        if sealed.version != self.version:
-            raise UnreadableRecord(f"{self.kind} of version {sealed.version}, not {self.version}")
+        if not 1 <= sealed.version <= self.version:
+            raise UnreadableRecord(
+                f"{self.kind} of version {sealed.version}; this migrd knows 1 to {self.version}"
+            )
         if sealed.crc != self._checksum(sealed.version, sealed.body):
             raise UnreadableRecord("the checksum does not match: the record was altered")
+        body = self._brought_up(sealed)
         try:
-            value = self._adapter.validate_json(sealed.body, strict=True)
+            value = self._adapter.validate_json(body, strict=True)
         except ValidationError as failure:
             raise UnreadableRecord(_first_of(failure)) from None
-        unknown = _unknown_in(
-            orjson.loads(sealed.body), orjson.loads(self._adapter.dump_json(value)), ""
-        )
+        unknown = _unknown_in(orjson.loads(body), orjson.loads(self._adapter.dump_json(value)), "")
         if unknown is not None:
             raise UnreadableRecord(f"{unknown} is not known to this version")
         return value
+
+    def _brought_up(self, sealed: Sealed) -> bytes:
+        """The body in the words of this version."""
+        if sealed.version == self.version:
+            return sealed.body
+        try:
+            fields = orjson.loads(sealed.body)
+            for version in range(sealed.version, self.version):
+                fields = self._upgrades[version](fields)
+            return orjson.dumps(fields)
+        except (LookupError, TypeError, ValueError, AttributeError) as failure:
+            raise UnreadableRecord(
+                f"{self.kind} of version {sealed.version} cannot be brought to {self.version}: "
+                f"{type(failure).__name__}: {failure}"
+            ) from None
 
     def _checksum(self, version: int, body: bytes) -> int:
         return zlib.crc32(body, zlib.crc32(f"{self.kind}/{version}".encode()))
@@ -117,3 +155,15 @@ DESTINATION_EVENT: Final = Codec("destination_event", 1, DestinationEvent)
 REQUEST: Final = Codec("request", 1, StoredRequest)
 INCOMING: Final = Codec("incoming", 1, StoredIncoming)
 VM: Final = Codec("vm", 1, StoredVm)
+RESOLUTION: Final = Codec("resolution", 1, StoredResolution)
+
+ALL: Final[tuple[Codec[Any], ...]] = (
+    MIGRATION_EVENT,
+    DESTINATION_EVENT,
+    REQUEST,
+    INCOMING,
+    VM,
+    RESOLUTION,
+)
+NEWEST: Final[Mapping[str, int]] = MappingProxyType({of.kind: of.version for of in ALL})
+"""Kind of record -> the newest version that is understood."""

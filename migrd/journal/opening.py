@@ -1,7 +1,11 @@
 """Opens a journal, or says why not. A file that is refused is left byte for byte as it was found.
 
     own it (flock) > read the files ourselves (WAL, version) > SQLite's quick_check, read-only
-        > open for writing > upgrade > make room in the log > note "open"
+        > versions of the records > open for writing > upgrade > make room in the log > note "open"
+
+An older journal is brought up in one transaction, so that the death of this process at any of its
+statements leaves the old one or the new one. No copy of the old one is kept: a journal that is put
+back later does not know what has been granted since, and would run a guest twice.
 
 "Not there" means "make a new one" only where none has ever been: an empty journal says that this
 host has no guest and owes nobody an answer, which is the most dangerous thing it could say by
@@ -29,6 +33,7 @@ import structlog
 
 from migrd.errors import JournalError
 from migrd.journal import schema
+from migrd.journal.codec import NEWEST
 from migrd.journal.faults import journal_error
 from migrd.journal.owner import LastOwner, Ownership
 from migrd.journal.wal import WalCorrupt, WalFacts, read_wal
@@ -41,6 +46,7 @@ _RESTORE: Final = (
     "restore the journal of this host from before the damage, or, once you know where each of its"
     " guests runs, move journal, -wal and .lock away to begin anew"
 )
+_START_LATER: Final = "start the migrd that wrote it, or a later one; nothing was changed"
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +71,8 @@ def open_connection(
     try:
         with journal_error(path):
             schema.upgrade(connection, path, steps=steps, target=target)
+        if version != target:
+            log.info("journal.upgraded", journal=str(path), before=version, now=target)
         _make_room(connection, wal)
         with journal_error(path):
             _sync_directory(path)
@@ -131,8 +139,8 @@ def _look(path: Path, wal: Path, last: LastOwner, target: int) -> int:
         )
     if facts.version > target:
         raise JournalError(
-            f"{path}: tables of version {facts.version}, this migrd knows {target} at most: start"
-            " the migrd that wrote it, or a later one",
+            f"{path}: tables of version {facts.version}, this migrd knows {target} at most:"
+            f" {_START_LATER}",
             code="journal_too_new",
         )
     return facts.version
@@ -172,10 +180,32 @@ def _check_pages(path: Path) -> None:
                 f"{table} row without its migration"
                 for table, *_ in connection.execute("PRAGMA foreign_key_check")
             ][:3]
+            newer = [] if found != ["ok"] else _newer_records(connection)
     if found != ["ok"]:
         raise JournalError(
             f"{path}: damaged ({'; '.join(found[:4])}): {_RESTORE}", code="journal_corrupt"
         )
+    if newer:
+        raise JournalError(
+            f"{path}: {'; '.join(newer[:4])}: {_START_LATER}", code="journal_too_new"
+        )
+
+
+def _newer_records(connection: sqlite3.Connection) -> list[str]:
+    """What a later migrd has written, before anything is changed."""
+    found: set[tuple[object, object]] = set()
+    for (table,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'"):
+        columns = {row[1] for row in connection.execute(f'PRAGMA table_info("{table}")')}
+        if {"kind", "version", "crc"} <= columns:
+            found |= set(connection.execute(f'SELECT DISTINCT kind, version FROM "{table}"'))
+    return [
+        f"records `{kind}` of version {version}, this migrd knows "
+        + (f"{NEWEST[kind]} at most" if kind in NEWEST else "no such kind")
+        for kind, version in sorted(found, key=str)
+        if isinstance(kind, str)
+        and isinstance(version, int)
+        and version > NEWEST.get(kind, version - 1)
+    ]
 
 
 @contextlib.contextmanager

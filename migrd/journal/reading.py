@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
-from migrd.engine.ports import Replay
+from migrd.engine.ports import Replay, StoredResolution
 from migrd.errors import JournalError
 from migrd.journal import codec
 from migrd.journal.codec import Codec, Sealed, UnreadableRecord
@@ -19,6 +19,10 @@ T = TypeVar("T")
 Row = tuple[object, ...]
 
 _MIGRATIONS = "SELECT id, kind, version, body, crc FROM migrations WHERE role = ?"
+_WORDS = (
+    "SELECT migration_id, seq, kind, version, body, crc FROM resolutions"
+    " WHERE role = ? ORDER BY migration_id, seq"
+)
 _EVENTS = "SELECT migration_id, seq, kind, version, body, crc FROM events WHERE role = ?"
 
 
@@ -30,7 +34,15 @@ def read_replay(opened: Store, path: Path) -> Replay:
     ]
     outgoing = _read_role(opened, path, Role.SOURCE, codec.REQUEST, codec.MIGRATION_EVENT)
     incoming = _read_role(opened, path, Role.DESTINATION, codec.INCOMING, codec.DESTINATION_EVENT)
-    return Replay(vms, list(outgoing), list(incoming))
+    words = [word for role in Role for word in _read_words(opened, path, role)]
+    return Replay(vms, list(outgoing), list(incoming), words)
+
+
+def _read_words(opened: Store, path: Path, role: Role) -> Iterator[StoredResolution]:
+    rows = opened.rows(_WORDS, (role,))
+    for id_, of_one in groupby(rows, key=lambda row: row[0]):
+        place = f"{role}/{id_}"
+        yield from _read_numbered(codec.RESOLUTION, path, "resolutions", place, list(of_one))
 
 
 def fetch_one(opened: Store, role: Role, id_: str) -> tuple[list[Row], list[Row]]:
@@ -70,13 +82,16 @@ def _pair(
     events_of = {id_: list(rows) for id_, rows in groupby(events, key=lambda row: row[0])}
     for id_, *rest in migrations:
         value = _read(stored, path, f"migrations, row {role}/{id_}", rest)
-        yield value, _read_events(event, path, f"{role}/{id_}", events_of.get(id_, []))
+        place, numbered = f"{role}/{id_}", events_of.get(id_, [])
+        yield value, _read_numbered(event, path, "events", place, numbered)
 
 
-def _read_events(of: Codec[E], path: Path, place: str, rows: Sequence[Row]) -> list[E]:
+def _read_numbered(
+    of: Codec[E], path: Path, table: str, place: str, rows: Sequence[Row]
+) -> list[E]:
     values = []
     for expected, (_, seq, *rest) in enumerate(rows):
-        where = f"events, row {place}/{seq}"
+        where = f"{table}, row {place}/{seq}"
         if seq != expected:
             raise _not_understood(path, where, f"row {place}/{expected} before it is missing")
         values.append(_read(of, path, where, rest))

@@ -1,7 +1,8 @@
 """The tables of the journal, and how older ones become these.
 
     migrations   one row per migration and role: the request as sealed record, its idempotency key
-      └ events   what happened to it, seq 0, 1, 2, ... without a gap
+      ├ events   what happened to it, seq 0, 1, 2, ... without a gap
+      └ resolutions   what operators said of it, seq 0, 1, 2, ... (since version 2)
     observations rounds and decisions, in batches; nobody's fate hangs on them
     vms          the VMs this host knows
     epochs       highest epoch ever seen of each VM; outlives the VM's row: epochs only grow
@@ -21,9 +22,23 @@ from typing import Final
 from migrd.errors import JournalError
 
 APPLICATION_ID: Final = 0x6D677264  # "mgrd"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
-TABLES: Final = """
+RESOLUTIONS: Final = """
+CREATE TABLE resolutions (
+    role TEXT NOT NULL,
+    migration_id TEXT NOT NULL,
+    seq INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    body BLOB NOT NULL,
+    crc INTEGER NOT NULL,
+    PRIMARY KEY (role, migration_id, seq),
+    FOREIGN KEY (role, migration_id) REFERENCES migrations (role, id) ON DELETE CASCADE
+) WITHOUT ROWID
+"""
+
+TABLES: Final = f"""
 CREATE TABLE migrations (
     role TEXT NOT NULL CHECK (role IN ('source', 'destination')),
     id TEXT NOT NULL,
@@ -69,11 +84,17 @@ CREATE TABLE vms (
 ) WITHOUT ROWID;
 
 CREATE TABLE epochs (vm TEXT PRIMARY KEY, epoch INTEGER NOT NULL) WITHOUT ROWID;
+{RESOLUTIONS};
 """
 
 Step = Callable[[sqlite3.Connection], None]
 
-STEPS: Final[Mapping[int, Step]] = {}
+
+def _resolutions(connection: sqlite3.Connection) -> None:
+    connection.execute(RESOLUTIONS)
+
+
+STEPS: Final[Mapping[int, Step]] = {1: _resolutions}
 """version n -> what makes a file of version n one of n + 1. Runs inside upgrade's transaction,
 which `executescript` would end: single statements only."""
 

@@ -24,7 +24,13 @@ import structlog
 
 from migrd.core.handover import DestinationEvent
 from migrd.core.migration import MigrationEvent
-from migrd.engine.ports import Replay, StoredIncoming, StoredRequest, StoredVm
+from migrd.engine.ports import (
+    Replay,
+    StoredIncoming,
+    StoredRequest,
+    StoredResolution,
+    StoredVm,
+)
 from migrd.engine.threads import in_executor, in_thread
 from migrd.errors import JournalError
 from migrd.journal import codec, store
@@ -95,6 +101,10 @@ class SqliteJournal:
     ) -> None:
         row = None if vm is None else self._vm_row(vm)
         await self._write(store.insert_events(role, migration_id, sealed, row))
+
+    async def add_resolution(self, word: StoredResolution) -> None:
+        sealed = self._seal(codec.RESOLUTION, word)
+        await self._write(store.insert_resolution(Role(word.role), word.migration_id, sealed))
 
     async def put_vm(self, vm: StoredVm) -> None:
         """Raises JournalError (`epoch_went_back`) for an epoch below the one stored."""

@@ -201,6 +201,24 @@ def insert_events(
     return run
 
 
+def insert_resolution(role: Role, migration_id: str, sealed: Sealed) -> Statements:
+    def run(connection: sqlite3.Connection) -> None:
+        if not _exists(connection, role, migration_id):
+            raise JournalError(
+                f"no migration {migration_id} with this host as {role}", code="unknown_migration"
+            )
+        (count,) = connection.execute(
+            "SELECT count(*) FROM resolutions WHERE role = ? AND migration_id = ?",
+            (role, migration_id),
+        ).fetchone()
+        connection.execute(
+            "INSERT INTO resolutions VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (role, migration_id, count, *_columns(sealed)),
+        )
+
+    return run
+
+
 def upsert_vm(vm: VmRow) -> Statements:
     def run(connection: sqlite3.Connection) -> None:
         row = connection.execute("SELECT epoch FROM vms WHERE name = ?", (vm.name,)).fetchone()

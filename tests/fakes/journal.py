@@ -20,7 +20,13 @@ from typing import TypeVar
 
 from migrd.core.handover import DestinationEvent
 from migrd.core.migration import MigrationEvent
-from migrd.engine.ports import Replay, StoredIncoming, StoredRequest, StoredVm
+from migrd.engine.ports import (
+    Replay,
+    StoredIncoming,
+    StoredRequest,
+    StoredResolution,
+    StoredVm,
+)
 from migrd.errors import Conflict, JournalError
 from migrd.journal import codec
 from migrd.journal.codec import Codec, Sealed, UnreadableRecord
@@ -44,6 +50,7 @@ class FakeDisk:
     vms: dict[str, tuple[int, Sealed]] = field(default_factory=dict)
     epochs: dict[str, int] = field(default_factory=dict)
     observations: dict[tuple[str, str], list[dict[str, object]]] = field(default_factory=dict)
+    resolutions: list[Sealed] = field(default_factory=list)
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator["FakeJournal"]:
@@ -127,6 +134,18 @@ class FakeJournal:
 
         await self._write(effect)
 
+    async def add_resolution(self, word: StoredResolution) -> None:
+        sealed = _seal(codec.RESOLUTION, word)
+        disk = self.disk
+
+        def effect() -> None:
+            known = disk.outgoing if word.role == "source" else disk.incoming
+            if word.migration_id not in known:
+                raise JournalError(f"no migration {word.migration_id}", code="unknown_migration")
+            disk.resolutions.append(sealed)
+
+        await self._write(effect)
+
     async def put_vm(self, vm: StoredVm) -> None:
         await self._write(self._putting(vm))
 
@@ -183,6 +202,7 @@ class FakeJournal:
                 (codec.INCOMING.read(stored), [codec.DESTINATION_EVENT.read(e) for e in events])
                 for stored, events in disk.incoming.values()
             ],
+            resolutions=[codec.RESOLUTION.read(word) for word in disk.resolutions],
         )
 
     async def _write(self, effect: Callable[[], None]) -> None:

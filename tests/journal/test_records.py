@@ -89,8 +89,8 @@ async def test_a_field_that_an_older_version_did_not_have_takes_its_default(path
     [
         (f"DELETE FROM events WHERE {SECOND}", "source/m1/1 before it is missing"),
         ("DELETE FROM events WHERE role = 'source' AND seq = 0", "source/m1/0 before it"),
-        (f"UPDATE events SET version = 2 WHERE {SECOND}", "version 2"),
-        (f"UPDATE events SET kind = 'rumour' WHERE {SECOND}", "rumour"),
+        (f"UPDATE events SET version = 0 WHERE {SECOND}", "version 0"),
+        (f"UPDATE events SET kind = 'vm' WHERE {SECOND}", "kind 'vm'"),
         (f"UPDATE events SET body = replace(body, '7.25', '8.25') WHERE {SECOND}", "row"),
         (f"UPDATE events SET crc = crc + 1 WHERE {SECOND}", "checksum"),
         ("UPDATE events SET crc = crc + 1 WHERE role = 'destination'", "row destination/i1/0"),
