@@ -6,6 +6,7 @@ Fixtures for tests that need the real thing:
     qemu_binary       one test run with each of the two
     lab_guest         builds a ROM for `-bios` below the test's tmp_path
     promtool          Prometheus' own checker
+    etcd_binary       the server of a fleet's arbiter
     short_tmp_path    like tmp_path, but short enough for a unix socket's name
 
 Around every test: no process, socket or task of the test may outlive it, and no call in migrd
@@ -59,6 +60,11 @@ def qemu_binary(request: pytest.FixtureRequest, qemu_binaries: dict[str, Path]) 
 @pytest.fixture(scope="session")
 def promtool() -> Path:
     return debian.promtool()
+
+
+@pytest.fixture(scope="session")
+def etcd_binary() -> Path:
+    return debian.etcd()
 
 
 @pytest.fixture

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.arbiter.etcd_server import Cluster
 from tests.fakes.virtual_time import VirtualTimeLoop
 
 
@@ -13,3 +17,25 @@ def pytest_asyncio_loop_factories(config: Any, item: Any) -> Mapping[str, Any]:
     if item.path.name == "test_fake.py":
         return {"virtual": VirtualTimeLoop}
     return {"real": asyncio.new_event_loop}
+
+
+@pytest.fixture(scope="module")
+def single(etcd_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One etcd for a module's tests, which must leave it running and use a prefix each."""
+    cluster = Cluster(etcd_binary, tmp_path_factory.mktemp("etcd"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+def trio(etcd_binary: Path, tmp_path: Path) -> Iterator[Cluster]:
+    """Three members, for one test, which may do to them what it likes."""
+    cluster = Cluster(etcd_binary, tmp_path, members=3)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()

@@ -1,8 +1,8 @@
 """Programs from Debian packages, unpacked into the cache and never installed.
 
-The tests need a second QEMU, promtool, a newer Linux' headers and a compiler for arm64.
-Installing them would replace the machine's own QEMU or headers, or leave entries in its
-package sources, so they are unpacked:
+The tests need a second QEMU, promtool, etcd, a newer Linux' headers and a compiler for arm64.
+Installing them would replace the machine's own QEMU or headers, start services, or leave
+entries in its package sources, so they are unpacked:
 
     the machine's sources --(which mirror carries bookworm?)--> private apt root
     private apt root --(apt resolves what this machine lacks)--> *.deb
@@ -91,6 +91,12 @@ PROMTOOL = Bundle(
     program="usr/bin/promtool",
     alone=True,  # a static program; its package would bring a web page's libraries along
 )
+ETCD = Bundle(
+    name="etcd",
+    packages=("etcd-server",),
+    program="usr/bin/etcd",
+    alone=True,  # static, too; installed, it would come up as a service of the machine
+)
 # The machine's own kernel headers are older than iommufd.
 LINUX_HEADERS = Bundle(
     name="linux-headers",
@@ -120,6 +126,11 @@ def qemu_binaries() -> dict[str, Path]:
 def promtool() -> Path:
     """Prometheus' checker of metrics and rules. Raises SetUpError if it cannot be had."""
     return _named("MIGRD_TEST_PROMTOOL") or unpacked(PROMTOOL)
+
+
+def etcd() -> Path:
+    """The server of a fleet's arbiter. Raises SetUpError if it cannot be had."""
+    return _named("MIGRD_TEST_ETCD") or unpacked(ETCD)
 
 
 def linux_headers() -> Path:
@@ -317,8 +328,9 @@ def _release_name() -> str:
     if release.get("ID") != "debian" or release.get("VERSION_CODENAME") != "bookworm":
         raise SetUpError(
             "packages are unpacked on Debian 12 (bookworm) only; here, name the programs: "
-            "MIGRD_TEST_QEMU_7, MIGRD_TEST_QEMU_10, MIGRD_TEST_PROMTOOL, MIGRD_TEST_ARM64_CC1 "
-            "and, for Linux' headers of 6.12 or newer, the directory MIGRD_TEST_LINUX_HEADERS"
+            "MIGRD_TEST_QEMU_7, MIGRD_TEST_QEMU_10, MIGRD_TEST_PROMTOOL, MIGRD_TEST_ETCD, "
+            "MIGRD_TEST_ARM64_CC1 and, for Linux' headers of 6.12 or newer, the directory "
+            "MIGRD_TEST_LINUX_HEADERS"
         )
     return release["VERSION_CODENAME"]
 
@@ -349,6 +361,7 @@ def main() -> int:
     try:
         programs = {f"QEMU {name}": path for name, path in qemu_binaries().items()}
         programs["promtool"] = promtool()
+        programs["etcd"] = etcd()
         programs["Linux headers"] = linux_headers()
         programs["compiler for arm64"] = arm64_compiler()
     except SetUpError as error:
