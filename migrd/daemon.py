@@ -1,7 +1,7 @@
 """The daemon: the only place that knows every part, and builds them in order.
 
     settings > log > directories > journal > launchers, listener for processes that hand over
-             > peers (TLS) > passthrough (sysfs, VFIO) > engine (replays, goes on)
+             > peers (TLS) > arbiter > passthrough (sysfs, VFIO) > engine (replays, goes on)
              > listener for peers > API > READY
              ...... signal > STOPPING, in reverse
 
@@ -27,21 +27,22 @@ from migrd.api.auth import Gate, load_tokens
 from migrd.api.models_migration import Defaults
 from migrd.api.server import ApiServer, serving
 from migrd.api.table import Limits, Scrape
-from migrd.config import QemuSampling, Settings, Tls
-from migrd.core.rate_reading import RateMode
+from migrd.arbiter.arbiter import connect_arbiter
+from migrd.config import ArbiterKind, Settings
 from migrd.direct.handoff_listener import HandoffListener
 from migrd.direct.launcher import DirectLauncher
 from migrd.direct.offer import OfferedDeviceLog, OfferedHwpt, OfferedRange
 from migrd.direct.parts import KernelParts
 from migrd.direct.profile_files import load_direct_profiles
 from migrd.direct.vmm import DirectOptions
+from migrd.engine.arbiter_port import Arbiter, ArbiterState, NoArbiter
 from migrd.engine.dirty_ports import DirtySource, IovaPiece
 from migrd.engine.engine import Engine
-from migrd.engine.options import EngineOptions, SamplingOptions
-from migrd.engine.ports import Peer, TlsIdentity
+from migrd.engine.ports import Peer
 from migrd.engine.stream import Stream
 from migrd.engine.threads import in_thread
 from migrd.engine.world import World
+from migrd.engine_settings import engine_options, etcd_options
 from migrd.errors import ConfigError
 from migrd.journal.retention import Retention
 from migrd.journal.sqlite import open_journal
@@ -178,6 +179,29 @@ async def _world(
         observer=metrics,
         inventory=HostInventory(rescan_every_s=settings.devices.rescan_interval_s),
         passthrough=passthrough,
+        arbiter=await _arbiter(settings, metrics, stream, stack),
+    )
+
+
+async def _arbiter(
+    settings: Settings, metrics: Metrics, stream: Stream, stack: contextlib.AsyncExitStack
+) -> Arbiter:
+    """etcd need not be up: until it is, readiness says so."""
+    if settings.arbiter.kind is ArbiterKind.JOURNAL:
+        return NoArbiter()
+
+    def tell(state: ArbiterState) -> None:
+        kind = "arbiter.reachable" if state.is_reachable else "arbiter.unreachable"
+        stream.publish(kind, {"arbiter": state.kind, "problem": state.problem})
+
+    watched = metrics.watch_arbiter()
+    return await stack.enter_async_context(
+        connect_arbiter(
+            etcd_options(settings),
+            observe=watched.requested,
+            on_look=watched.looked,
+            on_change=tell,
+        )
     )
 
 
@@ -244,59 +268,6 @@ async def _peer_tls(settings: Settings) -> PeerTls | None:
     if peer.cert is None or peer.key is None or peer.ca is None:
         return None  # then there are no peers: the configuration's own rule
     return await PeerTls.load(TlsFiles(peer.cert, peer.key, peer.ca), settings.host.name)
-
-
-def engine_options(settings: Settings) -> EngineOptions:
-    """The engine's part of the configuration."""
-    migration = settings.migration
-    tls = None
-    if migration.tls is Tls.REQUIRED and migration.tls_dir is not None:
-        tls = TlsIdentity(str(migration.tls_dir))
-    return EngineOptions(
-        host=settings.host.name.lower(),
-        listen_host=migration.listen_host,
-        ports=migration.port_range,
-        migration_hosts={
-            name.lower(): entry.migration_host
-            for name, entry in settings.peers.items()
-            if entry.migration_host is not None
-        },
-        tls=tls,
-        outgoing_slots=migration.outgoing_slots,
-        incoming_slots=migration.incoming_slots,
-        preflight_deadline_s=migration.preflight_deadline_s,
-        prepare_deadline_s=migration.prepare_deadline_s,
-        switchover_deadline_s=migration.switchover_deadline_s,
-        grant_deadline_s=migration.grant_deadline_s,
-        rollback_deadline_s=migration.rollback_deadline_s,
-        release_deadline_s=migration.release_deadline_s,
-        stall_s=migration.stall_s,
-        receive_idle_s=migration.receive_idle_s,
-        loaded_idle_s=migration.loaded_idle_s,
-        watch_interval_s=settings.watch.interval_s,
-        history=settings.events.history_events,
-        queue=settings.events.queue_events,
-        peers={name.lower(): entry.url for name, entry in settings.peers.items()},
-        migrd_version=migrd.__version__,
-        tracking_policy=settings.devices.tracking_policy,
-        forbidden_tracking_policies=frozenset(settings.devices.forbidden_tracking_policies),
-        dma_sample_interval_s=settings.devices.sample_interval_s,
-        dma_sample_budget_s=settings.devices.sample_budget_ms / 1000,
-        sampling=sampling_options(settings),
-    )
-
-
-def sampling_options(settings: Settings) -> SamplingOptions:
-    """What is measured outside of migrations."""
-    sampling = settings.sampling
-    is_off = sampling.qemu_mode is QemuSampling.OFF
-    return SamplingOptions(
-        mode=None if is_off else RateMode(sampling.qemu_mode.value),
-        interval_s=sampling.interval_s,
-        windows_s=tuple(window_ms / 1000 for window_ms in sampling.windows_ms),
-        pages=sampling.sampled_pages,
-        budget_share=sampling.budget_percent / 100,
-    )
 
 
 # Listeners ----------------------------------------------------------------------------------------

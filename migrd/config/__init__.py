@@ -31,6 +31,8 @@ from migrd.config.loading import DEFAULT_PATH, Explained, explain, load
 from migrd.config.settings import (
     ApiSettings,
     ApiTcpSettings,
+    ArbiterKind,
+    ArbiterSettings,
     DevicesSettings,
     EventsSettings,
     HostSettings,
@@ -50,6 +52,8 @@ __all__ = [
     "DEFAULT_PATH",
     "ApiSettings",
     "ApiTcpSettings",
+    "ArbiterKind",
+    "ArbiterSettings",
     "DevicesSettings",
     "EventsSettings",
     "Explained",

@@ -4,8 +4,9 @@ import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import urlsplit
 
-from migrd.config.settings import Settings, Tls
+from migrd.config.settings import ArbiterKind, ArbiterSettings, Settings, Tls
 from migrd.core.tracking import TrackingPolicy
 
 SUN_PATH_BYTES: Final = 107
@@ -31,6 +32,7 @@ def conflicts(settings: Settings) -> tuple[Conflict, ...]:
         *_peer_conflicts(settings),
         *_migration_conflicts(settings),
         *_device_conflicts(settings),
+        *_arbiter_conflicts(settings.arbiter),
         *_path_conflicts(settings),
     )
 
@@ -129,6 +131,42 @@ def _device_conflicts(settings: Settings) -> Iterator[Conflict]:
             "devices.tracking_policy",
             f'= "{devices.tracking_policy}" is among devices.forbidden_tracking_policies; '
             f"choose one of {', '.join(allowed)}, or allow it",
+        )
+
+
+def _arbiter_conflicts(arbiter: ArbiterSettings) -> Iterator[Conflict]:
+    if arbiter.kind is ArbiterKind.ETCD and not arbiter.endpoints:
+        yield Conflict(
+            "arbiter.endpoints",
+            'is not set, but arbiter.kind = "etcd"; name the members of the cluster, e.g. '
+            '["https://192.0.2.10:2379"], or set kind = "journal"',
+        )
+    if arbiter.kind is not ArbiterKind.ETCD and arbiter.endpoints:
+        yield Conflict(
+            "arbiter.kind",
+            f'= "{arbiter.kind}", but arbiter.endpoints are set; set kind = "etcd" to have etcd '
+            "say who may run a VM, or remove the endpoints",
+        )
+    for url in {url for url in arbiter.endpoints if arbiter.endpoints.count(url) > 1}:
+        yield Conflict("arbiter.endpoints", f"= {list(arbiter.endpoints)} names {url} twice")
+    if (arbiter.cert is None) != (arbiter.key is None):
+        missing = "cert" if arbiter.cert is None else "key"
+        yield Conflict(f"arbiter.{missing}", "is not set; cert and key go together")
+    if (arbiter.user is None) != (arbiter.password_file is None):
+        missing = "user" if arbiter.user is None else "password_file"
+        yield Conflict(f"arbiter.{missing}", "is not set; user and password_file go together")
+    plain = [url for url in arbiter.endpoints if not url.startswith("https://")]
+    if plain and len(plain) < len(arbiter.endpoints):
+        yield Conflict(
+            "arbiter.endpoints",
+            f"= {list(arbiter.endpoints)} has http:// and https:// mixed; use https:// for all",
+        )
+    far = [url for url in plain if not is_loopback(urlsplit(url).hostname or "")]
+    if far and arbiter.user is not None:
+        yield Conflict(
+            "arbiter.endpoints",
+            f"= {far[0]!r} is not the loopback, and the password of arbiter.user would cross the "
+            "network in the clear; use https://",
         )
 
 

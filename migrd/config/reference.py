@@ -29,7 +29,8 @@ _HEAD: Final = """\
 # Each setting can also come from the environment, which wins over this file: MIGRD_, then the
 # key in capitals with "__" for each dot, e.g. MIGRD_API__TCP__PORT=8443; lists as JSON.
 # Files with keys and tokens can come as systemd credentials (LoadCredential=): api-token,
-# api-tls-cert, api-tls-key, peer-cert, peer-key and peer-ca stand in for settings left out here.
+# api-tls-cert, api-tls-key, peer-cert, peer-key, peer-ca, etcd-ca, etcd-cert, etcd-key and
+# etcd-password stand in for settings left out here.
 #
 # Rendered from the settings by: python -m migrd.config
 """
@@ -48,6 +49,11 @@ EXAMPLES: Final = {
     "peer.ca": '"/etc/migrd/peer-ca.pem"',
     "peers.host-b.url": '"https://192.0.2.2:7443"',
     "peers.host-b.migration_host": '"198.51.100.2"',
+    "arbiter.ca": '"/etc/migrd/etcd-ca.pem"',
+    "arbiter.cert": '"/etc/migrd/etcd-cert.pem"',
+    "arbiter.key": '"/etc/migrd/etcd-key.pem"',
+    "arbiter.user": '"migrd"',
+    "arbiter.password_file": '"/etc/migrd/etcd-password"',
     "migration.port_range": "[49152, 49215]",
     "migration.tls_dir": '"/etc/migrd/tls"',
     "migration.switchover_deadline_s": "5.0",

@@ -48,6 +48,13 @@ class QemuSampling(StrEnum):
     OFF = "off"
 
 
+class ArbiterKind(StrEnum):
+    """Who says who may run a VM."""
+
+    JOURNAL = "journal"
+    ETCD = "etcd"
+
+
 class LogLevel(StrEnum):
     DEBUG = "debug"
     INFO = "info"
@@ -92,6 +99,28 @@ def _https(url: str) -> str:
     return f"https://{host}"
 
 
+_ENDPOINT: Final = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/?#@:\[\]]+):([0-9]{1,5})")
+
+
+def _endpoint(given: str) -> str:
+    url = given.rstrip("/")
+    found = _ENDPOINT.fullmatch(url)
+    if found is None or not 1 <= int(found[2]) <= 65535:
+        raise ValueError(
+            "should be http:// or https://<address>:<port>, without user, path or query"
+        )
+    return url
+
+
+_KEY_PREFIX: Final = re.compile(r"(/[A-Za-z0-9._-]+)+")
+
+
+def _key_prefix(given: str) -> str:
+    if not _KEY_PREFIX.fullmatch(given):
+        raise ValueError("should be as /migrd or /site-1/migrd: no / at the end")
+    return given
+
+
 _ADDRESS: Final = re.compile(
     r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]"
     r"|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
@@ -111,6 +140,8 @@ HostName = Annotated[str, Field(pattern=NAME_PATTERN)]
 DeviceAddress = Annotated[str, AfterValidator(_device_address)]
 Address = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[^\s/\[\]@]+$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
+Endpoint = Annotated[str, Field(max_length=300), AfterValidator(_endpoint)]
+KeyPrefix = Annotated[str, Field(max_length=200), AfterValidator(_key_prefix)]
 Seconds = Annotated[float, Field(gt=0, le=365 * DAY_S)]
 Slots = Annotated[int, Field(ge=0, le=1000)]
 UserId = Annotated[int, Field(ge=0, lt=2**32 - 1)]
@@ -504,6 +535,59 @@ class JournalSettings(_Section):
     )
 
 
+class ArbiterSettings(_Section):
+    """Who says who may run a VM: the two hosts' journals alone, or an etcd cluster for a fleet."""
+
+    kind: ArbiterKind = Field(
+        default=ArbiterKind.JOURNAL,
+        description="\"journal\" (the source's and the destination's journals decide; nothing else "
+        'is needed) or "etcd" (each VM has a record there, changed by compare-and-swap: a guest '
+        "whose destination was lost in the handover can be taken back). The same on all hosts.",
+    )
+    endpoints: Annotated[tuple[Endpoint, ...], Field(max_length=16)] = Field(
+        default=(),
+        description="The members of the etcd cluster (3.4 or newer), each as "
+        "https://<address>:<port>. Needed with etcd; name all of them.",
+    )
+    prefix: KeyPrefix = Field(
+        default="/migrd",
+        description="Keys of migrd in etcd begin so: <prefix>/vms/<vm> and <prefix>/hosts/<host>. "
+        "The same on all hosts that share VMs.",
+    )
+    ca: AbsolutePath | None = Field(
+        default=None,
+        description="File with the authority of etcd's certificates, PEM. Not set: the system's "
+        "authorities.",
+    )
+    cert: AbsolutePath | None = Field(
+        default=None,
+        description="File with this host's certificate for etcd, PEM, where etcd wants one.",
+    )
+    key: AbsolutePath | None = Field(
+        default=None, description="File with the private key of cert, PEM."
+    )
+    user: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        default=None,
+        description="User of etcd, where it asks for one; needs a role with readwrite on the keys "
+        "below prefix.",
+    )
+    password_file: AbsolutePath | None = Field(
+        default=None,
+        description="File with the password of user: one line, mode 0600. Read again whenever "
+        "etcd asks for it.",
+    )
+    request_timeout_ms: Annotated[int, Field(ge=100, le=60_000)] = Field(
+        default=3000,
+        description="Deadline of each call of the arbiter, whichever members it takes, in "
+        "milliseconds. A member has a third of it to answer, then the next one is asked.",
+    )
+    lease_ttl_s: Annotated[int, Field(ge=5, le=3600)] = Field(
+        default=15,
+        description="A host that is not heard of for so long leaves etcd's list of hosts, in "
+        "seconds. The list is for people; no guest starts or stops by it.",
+    )
+
+
 class LogSettings(_Section):
     """The daemon's log, on standard error."""
 
@@ -551,6 +635,7 @@ class Settings(_Section):
     devices: DevicesSettings = Field(default_factory=DevicesSettings)
     sampling: SamplingSettings = Field(default_factory=SamplingSettings)
     journal: JournalSettings = Field(default_factory=JournalSettings)
+    arbiter: ArbiterSettings = Field(default_factory=ArbiterSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     events: EventsSettings = Field(default_factory=EventsSettings)
 

@@ -41,6 +41,10 @@ CREDENTIALS: Final[Mapping[str, tuple[str, ...]]] = {
     "peer-cert": ("peer", "cert"),
     "peer-key": ("peer", "key"),
     "peer-ca": ("peer", "ca"),
+    "etcd-ca": ("arbiter", "ca"),
+    "etcd-cert": ("arbiter", "cert"),
+    "etcd-key": ("arbiter", "key"),
+    "etcd-password": ("arbiter", "password_file"),
 }
 """systemd credentials (LoadCredential=) that name themselves; the setting is the path."""
 

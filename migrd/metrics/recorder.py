@@ -12,6 +12,7 @@ from migrd.core.devices import Inventory
 from migrd.core.facts import Round
 from migrd.core.harvest_round import ReadOutcome
 from migrd.engine.rate_views import RateSeen
+from migrd.metrics.arbiter import ArbiterMetrics
 from migrd.metrics.daemon import DaemonMetrics
 from migrd.metrics.decisions import DecisionMetrics
 from migrd.metrics.devices import DeviceMetrics
@@ -37,6 +38,13 @@ class Metrics:
 
         self.loop_lag = self.daemon.loop_lag
         self.qmp_called = self.daemon.qmp_called
+
+    def watch_arbiter(self) -> ArbiterMetrics:
+        """There is an arbiter: it has series from now on. Once."""
+        return ArbiterMetrics(self.registry, self._changed)
+
+    def _changed(self) -> None:
+        self.changes += 1
 
     def phase_changed(
         self, role: str, phase_from: str, phase_to: str, duration_s: float | None
