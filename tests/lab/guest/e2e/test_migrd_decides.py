@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from migrd.cli.client import path
 from migrd.cli.seen import Json
 from tests.lab.guest.e2e_fleet import VM, Lab, given
@@ -16,20 +18,24 @@ def reasons(decision: dict[str, Any]) -> set[tuple[str, str]]:
     return {(reason["device"], reason["code"]) for reason in decision["reasons"]}
 
 
-async def test_t1_t6_beside_a_device_that_cannot_be_tracked_none_is_and_qemu_does_as_planned(
-    two: Lab,
+@pytest.mark.parametrize(("policy", "asked_for"), [("auto", False), ("always", True)])
+async def test_t1_t2_t6_of_a_device_that_can_be_tracked_and_one_that_cannot_the_policy_decides(
+    two: Lab, policy: str, asked_for: bool
 ) -> None:
     async with given(two, False, True) as (unable, able):
-        await two.define({"bad": unable, "good": able}, tracking_policy="auto")
+        await two.define({"bad": unable, "good": able}, tracking_policy=policy)
         started = await two.start()
         decision, facts = started["decision"], started["facts"]
-        assert decision["migratability"] != "live"
+        assert decision["migratability"] != "live", "the VM is marked for the one that cannot"
         assert reasons(decision) >= UNTRACKED
-        assert [domain["dirty_tracking"] for domain in decision["domains"]] == [False, False]
+        tracked = {id_: it["dirty_tracking"] for it in decision["domains"] for id_ in it["devices"]}
+        assert tracked == {"good": asked_for, "bad": False}
         assert decision["attach_order"] == ["good", "bad"], "no plain page table for the able one"
         parts = {id_: part["id"] for part in decision["iommufds"] for id_ in part["devices"]}
         assert {device["id"]: device["iommufd"] for device in facts["devices"]} == parts
-        assert two.page_tables(started["pid"]) == [True, False], "in the order planned"
+        assert two.page_tables(started["pid"]) == [True, False], (
+            "in the order planned; QEMU asks wherever it can, whatever the policy says"
+        )
         assert (facts["blocked_reasons"] == []) is (decision["migratability"] in MIGRATES)
 
 
