@@ -6,12 +6,14 @@
     <directory>/after-<trigger>    exists: wait there once it is durable, before anything follows
     <the same>.reached             made by the daemon when it has come to that point
     <directory>/protocol           the version of the peer protocol to speak, if not ours
+    <directory>/failpoints         what SIGUSR2 arms instead of what was armed (migrd.failpoints)
 
 Triggers are those of `core.phases` (source) and `core.handover` (destination). While it waits,
 everything else in the daemon goes on. Run by path: it needs nothing but migrd on the path.
 """
 
 import asyncio
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -43,6 +45,20 @@ async def wait(directory: Path, when: str, points: Sequence[str]) -> None:
             await asyncio.sleep(0.01)
 
 
+def arm_on_signal(directory: Path) -> None:
+    """A daemon that runs cannot be given another environment."""
+    from migrd import failpoints
+
+    asked = directory / "failpoints"
+
+    def arm(*_: object) -> None:
+        vars(failpoints)["_armed"].clear()
+        failpoints.arm(asked.read_text())
+        asked.unlink()
+
+    signal.signal(signal.SIGUSR2, arm)
+
+
 def main() -> None:
     directory = Path(sys.argv.pop(1))
     protocol = directory / "protocol"
@@ -55,6 +71,7 @@ def main() -> None:
     from migrd.__main__ import main as migrd
     from migrd.journal.sqlite import SqliteJournal
 
+    arm_on_signal(directory)
     for name in ("append_outgoing", "append_incoming"):
         setattr(SqliteJournal, name, holding(getattr(SqliteJournal, name), directory))
     migrd()

@@ -8,6 +8,15 @@ from pathlib import Path
 DISK_BYTES = 4 << 20
 
 
+def fill(path: Path) -> None:
+    """Until the disk has not a byte left."""
+    with path.open("wb", buffering=0) as file:
+        for piece in (1 << 20, 4096, 1):
+            with contextlib.suppress(OSError):
+                while file.tell() < DISK_BYTES:
+                    file.write(bytes(piece))
+
+
 @contextlib.asynccontextmanager
 async def mounted(directory: Path) -> AsyncIterator[None]:
     """A disk of DISK_BYTES in place of a directory. Needs root."""

@@ -25,20 +25,11 @@ from tests.integration.scenarios import (
     running,
     stays_and_moves_again,
 )
-from tests.integration.small_disk import DISK_BYTES
+from tests.integration.small_disk import fill
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(120)]
 
 MOST_COMMITS = 3000
-
-
-def fill(path: Path) -> None:
-    """Until the disk has not a byte left."""
-    with path.open("wb", buffering=0) as file:
-        for piece in (MIB, 4096, 1):
-            with contextlib.suppress(OSError):
-                while file.tell() < DISK_BYTES:
-                    file.write(bytes(piece))
 
 
 @contextlib.asynccontextmanager
