@@ -199,14 +199,22 @@ def _sound(value: Any) -> Any:
     if isinstance(value, Enum):
         return value
     if isinstance(value, str):
+        if value.isascii() and len(value) <= LONGEST_TEXT:
+            return value
         return value.encode("utf-8", "replace").decode()[:LONGEST_TEXT]
     if isinstance(value, tuple):
-        return tuple(_sound(item) for item in value)
+        items = tuple(_sound(item) for item in value)
+        is_same = all(item is had for item, had in zip(items, value, strict=True))
+        return value if is_same else items
     if isinstance(value, frozenset):
         return frozenset(_sound(item) for item in value)
     if isinstance(value, Mapping):
         return {_sound(key): _sound(item) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        made = {field.name: _sound(getattr(value, field.name)) for field in fields(value)}
-        return replace(value, **made)
+        changed = {}
+        for field in fields(value):
+            had = getattr(value, field.name)
+            if (item := _sound(had)) is not had:
+                changed[field.name] = item
+        return replace(value, **changed) if changed else value
     return value

@@ -10,6 +10,7 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import Final
 from weakref import WeakValueDictionary
+from zlib import crc32
 
 import structlog
 
@@ -159,7 +160,7 @@ class VmTable:
         if entry.run_state is not RunState.UNKNOWN:
             await asyncio.sleep(ARRIVED_S)
         await self.look(entry)
-        await asyncio.sleep(interval_s * (hash(entry.spec.name) % STAGGER) / STAGGER)
+        await asyncio.sleep(interval_s * (crc32(entry.spec.name.encode()) % STAGGER) / STAGGER)
         while not vmm.is_dead:
             if entry.migration_id is None:
                 await self.look(entry)

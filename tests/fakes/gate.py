@@ -94,7 +94,7 @@ class Gated:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
-        if not inspect.iscoroutinefunction(found) or name in WAITS:
+        if name in WAITS or not _is_call(self._inner, name, found):
             return found
 
         async def call(*args: Any, **named: Any) -> Any:
@@ -106,6 +106,20 @@ class Gated:
         """A Vmm's feed only waits."""
         feed: AbstractAsyncContextManager[Any] = self._inner.feed()
         return feed
+
+
+_CALLS: dict[tuple[type, str], bool] = {}
+"""Of methods: are they coroutine functions? To ask takes longer than many a call."""
+
+
+def _is_call(inner: Any, name: str, found: Any) -> bool:
+    if name in vars(inner):
+        return inspect.iscoroutinefunction(found)
+    key = type(inner), name
+    known = _CALLS.get(key)
+    if known is None:
+        known = _CALLS[key] = inspect.iscoroutinefunction(found)
+    return known
 
 
 class GatedLauncher(Gated):

@@ -94,6 +94,9 @@ def now_s() -> float:
     return asyncio.get_running_loop().time()
 
 
+GROWTH = 1.02
+
+
 async def until(condition: Callable[[], object], *, within_s: float = 60.0, what: str = "") -> None:
     """Wait for a condition; fails the test when it does not come true in time.
 
@@ -104,4 +107,4 @@ async def until(condition: Callable[[], object], *, within_s: float = 60.0, what
         if now_s() >= deadline_s:
             raise AssertionError(f"not within {within_s:g} s: {what or condition}")
         await asyncio.sleep(step_s)
-        step_s = min(1.02 * step_s, LATER_S)
+        step_s = min(GROWTH * step_s, LATER_S)

@@ -40,6 +40,9 @@ LATENCY_S = 0.0004
 PACE_S = 0.1
 NEAR_END_PACE_S = 0.02
 _SHORT_LIVED = frozenset({QemuStatus.SETUP, QemuStatus.DEVICE, QemuStatus.CANCELLING})
+POLLS_GROW = 1.0
+"""Each poll that finds nothing new makes the pause before the next one so much longer."""
+LONGEST = 20.0
 IDLE = frozenset({QemuStatus.NONE, QemuStatus.COMPLETED, QemuStatus.FAILED, QemuStatus.CANCELLED})
 
 
@@ -386,6 +389,7 @@ class FakeFeed:
         self._latest: TransferSample | None = None
         self._woken = asyncio.Event()
         self._poll_at_s = 0.0
+        self._grown = 1.0
 
     @property
     def latest(self) -> TransferSample | None:
@@ -397,7 +401,7 @@ class FakeFeed:
     def take_event(self, event: str) -> None:
         """Told before any poll could tell; a run state follows STOP only when asked for."""
         last, vmm = self._latest, self._vmm
-        self._poll_at_s = 0.0
+        self._poll_at_s, self._grown = 0.0, 1.0
         if last is not None and event != "MIGRATION_PASS":
             now = replace(vmm.sample_now(), at_s=now_s())
             sample = replace(last, at_s=now.at_s)
@@ -422,15 +426,23 @@ class FakeFeed:
             if now_s() >= self._poll_at_s and self._vmm.is_reachable:
                 await asyncio.sleep(LATENCY_S)
                 if not self._vmm.qemu.is_blocked and not self._vmm.is_dead:
-                    self._poll_at_s = now_s() + self._pace_s
-                    self._publish(self._vmm.sample_now())
+                    sample = self._vmm.sample_now()
+                    self._grow(sample)
+                    self._poll_at_s = now_s() + self._pace_s * self._grown
+                    self._publish(sample)
                     continue
-                self._poll_at_s = now_s() + PACE_S
+                self._grown = min(self._grown * POLLS_GROW, LONGEST)
+                self._poll_at_s = now_s() + PACE_S * self._grown
             left_s = deadline_s - now_s()
             if left_s <= 0:
                 return None
             await self._wait(min(left_s, max(self._poll_at_s - now_s(), LATENCY_S)))
         return self._queue.popleft()
+
+    def _grow(self, sample: TransferSample) -> None:
+        last = self._latest
+        is_news = last is None or replace(last, at_s=sample.at_s) != sample
+        self._grown = 1.0 if is_news else min(self._grown * POLLS_GROW, LONGEST)
 
     async def _wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

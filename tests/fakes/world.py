@@ -196,12 +196,13 @@ class Pair:
 
     async def __aenter__(self) -> Self:
         for module in (host_module, reception_module):
-            self._replace(module, "memory_available_bytes", _memory_available_bytes)
+            self.replace(module, "memory_available_bytes", _memory_available_bytes)
         for name in self.hosts:
             await self.start(name)
         return self
 
-    def _replace(self, module: Any, name: str, value: object) -> None:
+    def replace(self, module: Any, name: str, value: object) -> None:
+        """Of a module, for as long as this world lasts."""
         old = getattr(module, name)
         setattr(module, name, value)
         self._restorers.append(lambda: setattr(module, name, old))

@@ -65,7 +65,7 @@ class Trouble:
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
         self.died: list[str] = []
-        """QEMUs that were killed while they held a whole copy of the guest."""
+        """QEMUs that were killed while they held a whole copy of the guest, or what one lacked."""
         self.ended_itself = False
         self.struck: list[str] = []
         self.undo: list[Callable[[], None]] = []
@@ -108,8 +108,10 @@ class Trouble:
         await self._lasting(blow, lambda: swallow(True), lambda: swallow(False))
 
     async def _qemu_dies(self, blow: Timed) -> None:
+        guest = self._pair.guest()
         for qemu in self._pair.hosts[blow.host].living(VM):
-            if qemu.copy == self._pair.guest().version or qemu.is_running:
+            is_missed = any(holder.missing_from is qemu for holder in guest.holders)
+            if qemu.copy == guest.version or qemu.is_running or is_missed:
                 self.died.append(qemu.name)
             qemu.die("killed by the schedule")
 

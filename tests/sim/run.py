@@ -12,26 +12,46 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from uuid import UUID
 
 import structlog
 
 from migrd.core.admission import Admission
 from migrd.core.phases import Phase
+from migrd.engine import boot, registry
 from migrd.engine.service import MigrationView, Resolution
 from migrd.errors import JournalError, MigrdError
 from tests.engine.passthrough import DISK, NIC, NIC2, nic
 from tests.engine.passthrough import hardware as hardware_with
-from tests.fakes.virtual_time import VirtualTimeLoop, now_s, until
+from tests.fakes.virtual_time import now_s, until
 from tests.fakes.world import VM, Pair
 from tests.sim.blows import Calls, Messages, Trouble
+from tests.sim.loop import SimLoop
 from tests.sim.schedule import HOSTS, Schedule, Timed
+from tests.sim.tempo import Tempo
 from tests.sweep.scripts import BEFORE, DEVICES
-from tests.sweep.sweeping import BROKEN, PATIENCE_S, STAYED
+from tests.sweep.sweeping import BROKEN, STAYED
 
-FAULTS_S = 90.0
-"""So long after the request the last fault is over."""
-END_S = 500.0
+TRUTH = hardware_with(nic(NIC), nic(NIC2), nic(DISK))
 WRONG = (AssertionError, MigrdError, KeyError, AttributeError, TypeError, ValueError)
+
+
+class Names:
+    """What the product asks of `uuid` and `secrets`: the same for the same seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._count = 0
+
+    def _next(self) -> int:
+        self._count += 1
+        return (self._seed << 32) + self._count
+
+    def uuid4(self) -> UUID:
+        return UUID(int=self._next() % (1 << 128))
+
+    def token_hex(self, nbytes: int) -> str:
+        return f"{self._next() % (1 << 8 * nbytes):0{2 * nbytes}x}"
 
 
 class Wrong(AssertionError):
@@ -54,8 +74,7 @@ def play(schedule: Schedule) -> Ended:
     ended = Ended(None)
     with structlog.testing.capture_logs() as logs:
         try:
-            with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-                runner.run(_play(schedule, ended))
+            SimLoop().run(_play(schedule, ended))
         except Exception as exc:
             struck = "\n    ".join(ended.struck)
             raise Wrong(f"{schedule}\n  struck:\n    {struck}\n  {exc!r}") from exc
@@ -66,12 +85,21 @@ def play(schedule: Schedule) -> Ended:
 
 
 async def _play(schedule: Schedule, ended: Ended) -> None:
-    pair = Pair(watch_interval_s=7.0, peer_interval_s=31.0)
+    tempo = schedule.tempo
+    pair = Pair(**tempo.options)
+    names = Names(schedule.seed)
+    for module, name, value in tempo.constants:
+        pair.replace(module, name, value)
+    pair.replace(registry, "uuid", names)
+    pair.replace(boot, "secrets", names)
+    for disk in pair.disks.values():
+        disk.is_sealed = tempo.is_sealed
     calls = {host: Calls(schedule.blows, host) for host in HOSTS}
     messages = Messages(schedule.blows)
     pair.plans.update(calls)
-    for hardware in pair.hardware.values():
-        hardware.show(hardware_with(nic(NIC), nic(NIC2), nic(DISK)))
+    if schedule.script in DEVICES:
+        for hardware in pair.hardware.values():
+            hardware.show(TRUTH)
     async with pair:
         await pair.boot(devices=DEVICES.get(schedule.script))
         before = BEFORE.get(schedule.script)
@@ -82,15 +110,18 @@ async def _play(schedule: Schedule, ended: Ended) -> None:
         pair.road.faults = messages
         for each in calls.values():
             each.is_armed = True
+        keeper = asyncio.create_task(_keep_alive(pair, calls))
         try:
             await _under_fire(pair, schedule, calls, trouble, known, ended)
+            await _check(pair, schedule, trouble, ended)
         finally:
+            keeper.cancel()
+            await asyncio.wait([keeper])
             ended.struck = [
                 *(f"{host}: {what}" for host in HOSTS for what in calls[host].struck),
                 *messages.struck,
                 *trouble.struck,
             ]
-        await _check(pair, trouble, ended)
 
 
 async def _under_fire(
@@ -103,8 +134,7 @@ async def _under_fire(
 ) -> None:
     timed = [blow for blow in schedule.blows if isinstance(blow, Timed)]
     blows = [asyncio.create_task(trouble.strike(blow)) for blow in timed]
-    keeper = asyncio.create_task(_keep_alive(pair, calls))
-    calm = asyncio.create_task(_calm(pair, calls, trouble, blows))
+    calm = asyncio.create_task(_calm(pair, schedule.tempo, calls, trouble, blows))
     try:
         ids = await _asked(pair, schedule, known)
         await calm
@@ -112,19 +142,23 @@ async def _under_fire(
             task.result()
         ids |= {view.id for host in HOSTS for view in pair.daemons[host].service.migrations()[1]}
         for id_ in sorted(ids - known):
-            await _to_its_end(pair, id_, trouble, ended)
+            await _to_its_end(pair, id_, schedule.tempo, trouble, ended)
     finally:
-        for task in (*blows, keeper, calm):
+        for task in (*blows, calm):
             task.cancel()
-        await asyncio.wait([*blows, keeper, calm])
+        await asyncio.wait([*blows, calm])
 
 
 async def _calm(
-    pair: Pair, calls: dict[str, Calls], trouble: Trouble, blows: list[asyncio.Task[None]]
+    pair: Pair,
+    tempo: Tempo,
+    calls: dict[str, Calls],
+    trouble: Trouble,
+    blows: list[asyncio.Task[None]],
 ) -> None:
     """Wait until all faults are over; from then on everything works."""
     if blows:
-        await asyncio.wait(blows, timeout=FAULTS_S)
+        await asyncio.wait(blows, timeout=tempo.faults_s)
     await asyncio.sleep(1.0)
     for each in calls.values():
         each.is_armed = False
@@ -178,18 +212,18 @@ async def _asked(pair: Pair, schedule: Schedule, known: set[str]) -> set[str]:
         return set()
 
 
-async def _to_its_end(pair: Pair, id_: str, trouble: Trouble, ended: Ended) -> None:
+async def _to_its_end(pair: Pair, id_: str, tempo: Tempo, trouble: Trouble, ended: Ended) -> None:
     host = "alpha" if id_ in pair.alpha.engine.migrations.outgoing else "beta"
-    view = await _until_over(pair, id_, host, trouble, ended)
+    view = await _until_over(pair, id_, host, tempo, trouble, ended)
     if host == "alpha" and ended.phase in (None, Phase.REFUSED):
         ended.phase = view.phase
         ended.cause = None if view.cause is None else view.cause.code
 
 
 async def _until_over(
-    pair: Pair, id_: str, host: str, trouble: Trouble, ended: Ended
+    pair: Pair, id_: str, host: str, tempo: Tempo, trouble: Trouble, ended: Ended
 ) -> MigrationView:
-    deadline_s, doubted_s = now_s() + END_S, None
+    deadline_s, doubted_s = now_s() + tempo.end_s, None
     while now_s() < deadline_s:
         phase, is_over = pair.stands(id_, host)
         if is_over:
@@ -198,7 +232,7 @@ async def _until_over(
             doubted_s = None
         elif doubted_s is None:
             doubted_s = now_s()
-        elif now_s() - doubted_s > PATIENCE_S:
+        elif now_s() - doubted_s > tempo.patience_s:
             ended.resolved.append(await _say_the_truth(pair, id_, host, trouble))
             doubted_s = now_s()
         await asyncio.sleep(0.1)
@@ -216,7 +250,7 @@ async def _say_the_truth(pair: Pair, id_: str, host: str, trouble: Trouble) -> s
         word = Resolution.DESTINATION_RUNS
     elif not here and any(qemu.copy == guest.version for qemu in there):
         word = Resolution.USE_DESTINATION_COPY
-    elif here and not there:
+    elif not there and any(qemu.copy == guest.version for qemu in here):
         word = Resolution.DESTINATION_FENCED
     else:
         word = Resolution.GUEST_LOST
@@ -226,10 +260,11 @@ async def _say_the_truth(pair: Pair, id_: str, host: str, trouble: Trouble) -> s
     return f"{view.cause.code if view.cause else None}: {word.value}"
 
 
-async def _check(pair: Pair, trouble: Trouble, ended: Ended) -> None:
+async def _check(pair: Pair, schedule: Schedule, trouble: Trouble, ended: Ended) -> None:
     """Each answer is the ground truth, on both hosts."""
-    pair.check_truth()
+    await until(lambda: _all_live(pair), within_s=300.0, what="both daemons are back")
     await pair.settle()
+    pair.check_truth()
     guest, runs_on = pair.guest(), pair.running_on()
     lives = bool(guest.whole_copies)
     if not trouble.died and not trouble.ended_itself:
@@ -245,4 +280,5 @@ async def _check(pair: Pair, trouble: Trouble, ended: Ended) -> None:
         assert ended.phase is None or ended.phase in STAYED, ended.phase
     await until(lambda: len(pair.all_living()) == 1, what="one QEMU is left", within_s=200.0)
     pair.check_truth()
-    await pair.migrates_again(times=1)
+    if not schedule.seed % schedule.tempo.again_each:
+        await pair.migrates_again(times=1)

@@ -10,10 +10,11 @@ within milliseconds, some of it needs a deadline to pass.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.fakes.road import Loss
+from tests.sim.tempo import BRISK, SHIPPED, SHIPPED_EACH, Tempo
 from tests.sweep import scripts
 from tests.sweep.sweeping import Script
 
@@ -89,10 +90,11 @@ class Schedule:
     seed: int
     script: Script
     blows: tuple[Blow, ...]
+    tempo: Tempo = SHIPPED
 
     def __str__(self) -> str:
-        lines = [f"seed {self.seed}: {self.script.__name__}", *map(str, self.blows)]
-        return "\n  ".join(lines)
+        first = f"seed {self.seed}: {self.script.__name__} ({self.tempo.name})"
+        return "\n  ".join((first, *map(str, self.blows)))
 
 
 def from_seed(seed: int, most: int = MOST) -> Schedule:
@@ -100,25 +102,25 @@ def from_seed(seed: int, most: int = MOST) -> Schedule:
     random_ = random.Random(seed)
     script = random_.choice(SCRIPTS)
     count = random_.randint(1, most)
-    return Schedule(seed, script, tuple(_blow(random_) for _ in range(count)))
+    tempo = BRISK if random_.randrange(SHIPPED_EACH) else SHIPPED
+    return Schedule(seed, script, tuple(_blow(random_, tempo) for _ in range(count)), tempo)
 
 
-def _blow(random_: random.Random) -> Blow:
-    kinds: Sequence[Callable[[random.Random], Blow]] = (_struck, _struck, _lost, _timed, _timed)
-    return random_.choice(kinds)(random_)
+def _blow(random_: random.Random, tempo: Tempo) -> Blow:
+    return random_.choice((_struck, _struck, _lost, _timed, _timed))(random_, tempo)
 
 
-def _struck(random_: random.Random) -> Struck:
+def _struck(random_: random.Random, tempo: Tempo) -> Struck:
     number = random_.randint(1, random_.choice((12, 30, 60)))
-    away_s = random_.choice((0.0, 0.0, 0.05, 1.0, 45.0))
+    away_s = random_.choice(tempo.aways_s)
     return Struck(random_.choice(HOSTS), number, random_.randrange(64), away_s)
 
 
-def _lost(random_: random.Random) -> Lost:
+def _lost(random_: random.Random, tempo: Tempo) -> Lost:
     return Lost(random_.randint(1, 20), random_.choice(list(Loss)))
 
 
-def _timed(random_: random.Random) -> Timed:
+def _timed(random_: random.Random, tempo: Tempo) -> Timed:
     at_s = 10 ** random_.uniform(-3.0, 0.7)
-    for_s = random_.choice((0.001, 0.05, 0.5, 3.0, 20.0, 70.0))
+    for_s = random_.choice(tempo.lasts_s)
     return Timed(at_s, random_.choice(WHATS), random_.choice(HOSTS), for_s)

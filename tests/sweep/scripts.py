@@ -145,12 +145,13 @@ def _never_converge(pair: Pair) -> None:
 
 async def _reached(pair: Pair, migration_id: str, phase: str) -> None:
     """Until that phase, or the end, or a while has passed; the daemon may be down meanwhile."""
-    deadline_s = now_s() + 30.0
+    deadline_s, step_s = now_s() + 30.0, 0.004
     while now_s() < deadline_s:
         at, is_over = pair.stands(migration_id)
         if is_over or at == phase:
             return
-        await asyncio.sleep(0.004)
+        await asyncio.sleep(step_s)
+        step_s = min(1.1 * step_s, 0.2)
 
 
 async def _insist(pair: Pair, migration_id: str) -> None:
