@@ -143,7 +143,10 @@ class DeviceStart:
             known = (await inventory.rescan()).devices
         gone = [address for address in by_fd if address not in known]
         if gone:
-            message = f"{', '.join(gone)} has gone away since it was decided about"
+            message = (
+                f"{', '.join(gone)} has gone away since it was decided about; nothing was started: "
+                "bring it back, or name another (migrd devices lists those that are there)"
+            )
             said = [Violation("devices", "unknown_device", message)]
             raise Refused(message, said, code="device_not_opened")
         objects = len(told.iommufds) if told.iommufds_by_fd else 0

@@ -32,7 +32,7 @@ from migrd.kernel.calls import Ioctl, Meaning, Verb, call
 _NO_IOMMUFD = Meaning(
     KernelTooOld,
     "iommufd_missing",
-    "this kernel offers no iommufd: use Linux 6.8 or newer with CONFIG_IOMMUFD, and load the"
+    "this kernel offers no iommufd: use Linux 6.7 or newer with CONFIG_IOMMUFD, and load the"
     " module iommufd",
 )
 _DENIED = Meaning(
@@ -195,7 +195,7 @@ GET_DIRTY_BITMAP = Verb(
     {
         **SET_DIRTY_TRACKING.meanings,
         errno.ENOTTY: Meaning(
-            KernelTooOld, "dirty_tracking_missing", "use Linux 6.8 or newer with an IOMMU driver"
+            KernelTooOld, "dirty_tracking_missing", "use Linux 6.7 or newer with an IOMMU driver"
         ),
         errno.EINVAL: Meaning(
             KernelRejected, "range_not_aligned", "the range is not aligned to the page size"
