@@ -81,7 +81,7 @@ async def fought(two: Field, schedule: Schedule) -> Result:
             result.ended, result.words = await judge(fight)
             result.restarts = restarts_within(fight, await fight.begun())
             if not await two.qemus():
-                await start_anew(two, source)
+                await start_anew(two)
             await forget_what_was_heard(two)
             await migrates_again(two)
             await forget_what_was_heard(two)
