@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -191,6 +192,7 @@ def main() -> int:
         return summary([json.loads(line) for line in lines])
     seeds = iter(range(options.seed_from, options.seed_from + options.migrations))
     until_s = time.monotonic() + options.seconds
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # daemons and QEMUs end with us
     results = asyncio.run(run(seeds, until_s, options.results))
     code = summary([asdict(result) for result in results])
     restarts = sum(result.restarts for result in results)

@@ -22,7 +22,7 @@ from migrd.demo.errors import ProofFailed
 from migrd.demo.heartbeat import SerialTap, heartbeats
 from tests.integration.fleet import TERMINAL, VM
 from tests.long.blows import Fight
-from tests.long.field import Field
+from tests.long.field import NAMES, Field
 
 END_S = 90.0
 DOUBT_S = 6.0
