@@ -1,4 +1,4 @@
-"""Published failures of live migration in other projects, replanted here and caught.
+"""Published failures of other projects, nearly all of live migration, replanted here and caught.
 
 One row each: what failed there, what we make fail here, how near that is, which check says so.
 The sentences are ours, from the reports read in public; a number is an issue or a pull request.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.published import arriving, going_on, handover, telling
+from tests.published import arriving, going_on, handover, telling, writing_down
 from tests.published.row import Area, Row
 
 ROWS: Final = (
@@ -113,6 +113,32 @@ ROWS: Final = (
         handover.a_guest_that_stayed_is_this_hosts_after_a_restart,
         handover.the_vm_is_written_down_as_gone_with_the_grant,
         "said: departed",
+    ),
+    Row(
+        "etcd-io/etcd#10811",
+        Area.OWNERSHIP,
+        "A lock that lives as long as a lease was held by two clients, when one of them was cut "
+        "off and did not know that its lease had ended.",
+        "A host is cut off from the arbiter and its lease ends; its VM's record may then be taken "
+        "by any other.",
+        "The same lease, for a guest instead of a lock. Not a migration there: what a fleet would "
+        "have built its ownership on.",
+        writing_down.a_lease_that_ended_frees_nobodys_guest,
+        writing_down.who_has_no_lease_has_no_guest,
+        "given to beta while it may run on alpha",
+    ),
+    Row(
+        "canonical/lxd#6226",
+        Area.JOURNAL,
+        "After the disk had been full the daemon's database did not start again, for the end of its "
+        "last log file was not what a whole write leaves.",
+        "The last record is half on the disk when the daemon dies; a log with a broken end is "
+        "refused like a damaged one.",
+        "The same refusal at the start; there zeros were left over, here a record is half written. "
+        "Not a migration there, but the daemon that would carry one.",
+        writing_down.a_journal_whose_last_write_was_broken_off_opens_again,
+        writing_down.a_broken_end_is_a_broken_journal,
+        "the daemon does not start",
     ),
     # A guest that stays -------------------------------------------------------------------------
     Row(
@@ -364,8 +390,8 @@ ROWS: Final = (
     Row(
         "cloud-hypervisor/cloud-hypervisor#8567",
         Area.DIRTY_PAGES,
-        "Switching a device's DMA log off and on again, to follow new mappings, loses what was "
-        "written in between.",
+        "A device's DMA log does not see mappings that come later, and switching it off and on "
+        "again to follow them loses what was written in between.",
         "A log that was lost is begun anew, and its pages are not taken for dirty.",
         "The second half of the report (the restart of a log); we refuse a virtual IOMMU with a "
         "device log, so new mappings cannot come.",
