@@ -113,6 +113,9 @@ RESET = Verb(
     {errno.ENOTTY: Meaning(KernelUnsupported, "no_reset", "the device has no way to be reset")},
 )
 _NOT_SUPPORTED = Meaning(KernelUnsupported, "feature_not_supported", "the device does not have it")
+_TOO_MANY_RANGES = Meaning(
+    KernelRejected, "too_many_ranges", "the kernel takes fewer ranges at once: merge them"
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Feature:
 
     @property
     def verb(self) -> Verb:
-        meanings = {errno.ENOTTY: _NOT_SUPPORTED}
+        meanings = {errno.ENOTTY: _NOT_SUPPORTED, errno.E2BIG: _TOO_MANY_RANGES}
         if self.rejected is not None:
             meanings[errno.EINVAL] = self.rejected
         return Verb(f"VFIO_DEVICE_FEATURE {self.name}", abi.VFIO_DEVICE_FEATURE, meanings)

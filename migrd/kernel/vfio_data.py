@@ -24,7 +24,7 @@ from migrd.kernel.vfio_calls import Descriptor
 _LARGEST_READ_BYTES = 1 << 20
 
 _SESSION_OVER = Meaning(KernelGone, "session_ended", "the device left the state it was opened in")
-_PRECOPY = Verb(
+PRECOPY_INFO: Final = Verb(
     "VFIO_MIG_GET_PRECOPY_INFO",
     abi.VFIO_MIG_GET_PRECOPY_INFO,
     {
@@ -32,9 +32,18 @@ _PRECOPY = Verb(
         errno.ENODEV: _SESSION_OVER,
     },
 )
-_READ: Final = {errno.ENODEV: _SESSION_OVER}
-_WRITE: Final = {
+# A descriptor that is closed is never used (Descriptor.fd): EBADF is the wrong direction.
+READ: Final = {
     errno.ENODEV: _SESSION_OVER,
+    errno.EBADF: Meaning(
+        KernelRejected, "wrong_direction", "the device is being loaded, not saved"
+    ),
+}
+WRITE: Final = {
+    errno.ENODEV: _SESSION_OVER,
+    errno.EBADF: Meaning(
+        KernelRejected, "wrong_direction", "the device is being saved, not loaded"
+    ),
     errno.EFAULT: Meaning(
         KernelRejected, "device_data_rejected", "it was saved from another kind of device"
     ),
@@ -65,7 +74,7 @@ class DataStream(Descriptor):
         except OSError as cause:
             if cause.errno == errno.ENOMSG:
                 return b""
-            raise kernel_error(cause, f"read the data of {self.name}", _READ, "read") from cause
+            raise kernel_error(cause, f"read the data of {self.name}", READ, "read") from cause
 
     def write(self, data: bytes) -> None:
         """All of `data`, at whatever pace the device takes it.
@@ -79,11 +88,17 @@ class DataStream(Descriptor):
                 written = self._system.write(self.fd, left)
             except OSError as cause:
                 subject = f"load data into {self.name}"
-                raise kernel_error(cause, subject, _WRITE, "write") from cause
+                raise kernel_error(cause, subject, WRITE, "write") from cause
             left = left[written:]
 
     def precopy_left(self) -> PrecopyLeft:
         """Raises KernelRejected outside PRE_COPY, KernelGone when the session is over."""
         left = abi.vfio_precopy_info()
-        call(self._system.ioctl, self.fd, _PRECOPY, left, f"ask what {self.name} has left to send")
+        call(
+            self._system.ioctl,
+            self.fd,
+            PRECOPY_INFO,
+            left,
+            f"ask what {self.name} has left to send",
+        )
         return PrecopyLeft(left.initial_bytes, left.dirty_bytes)
