@@ -44,11 +44,14 @@ LONGEST_DELAY_S: Final = 600.0
 _ACTS: Final = (
     "source.migrate",
     "source.continue",
+    "source.assign",
     "source.grant",
+    "source.take_back",
     "source.resume",
     "source.discard",
     "source.quit",
     "destination.launch",
+    "destination.mark_started",
     "destination.cont",
     "destination.quit",
 )

@@ -2,6 +2,8 @@
 
 Facts come from outside (QMP, sysfs, a peer), so each enum has UNKNOWN and each number that may be
 missing is optional: unknown is a state, never a default. Nothing here decides anything.
+
+Somewhat longer than other modules of the core, because what is known belongs in one place.
 """
 
 from dataclasses import dataclass
@@ -172,6 +174,8 @@ class TransferSettings:
     migration_id: str = ""
     epoch: int = 0
     """Of which migration the stream is, for engines whose streams name it."""
+    arbitrated: bool = False
+    """The guest is started by what an arbiter's record says (engine.arbiter_port)."""
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ class MigrationEvent:
     refusals: tuple[Refusal, ...] = ()
     address: TransferAddress | None = None
     """With DESTINATION_PREPARED."""
+    arbitrated: bool = False
+    """With DESTINATION_PREPARED: an arbiter's record says who runs the guest, on both sides."""
     run_guest: bool | None = None
     """With PREFLIGHT_PASSED: the guest was running, so it is to run afterwards."""
     stopped_at_s: float | None = None
@@ -112,6 +114,8 @@ class MigrationEvent:
     """With DESTINATION_RAN: monotonic time when its RESUME was known here."""
     source_died: bool = False
     """With TRANSFER_COMPLETED: the source process is dead, the destination holds the only copy."""
+    decided_on_revision: int | None = None
+    """With TRANSFER_COMPLETED, arbitrated: of the record, which the grant is to change."""
     policy: Policy | None = None
     """With POLICY_CHANGED."""
     by_operator: bool = False
@@ -148,6 +152,10 @@ class MigrationState:
     """A roll-back was decided: it is still the aim while the operator is needed."""
     cancelled: bool = False
     source_died: bool = False
+    arbitrated: bool = False
+    decided_on_revision: int | None = None
+    fenced: bool = False
+    """Given back by a person's word: the arbiter's record has to say so before the guest runs."""
     switchover_forced: bool = False
     stopped_at_s: float | None = None
     blackout_s: float | None = None
@@ -211,7 +219,7 @@ def _note_facts(state: MigrationState, event: MigrationEvent) -> MigrationState:
         case Trigger.PREFLIGHT_REFUSED:
             return replace(new, refusals=event.refusals)
         case Trigger.DESTINATION_PREPARED:
-            return replace(new, address=event.address)
+            return replace(new, address=event.address, arbitrated=event.arbitrated)
         case Trigger.SWITCHOVER_REACHED:
             return replace(new, stopped_at_s=event.stopped_at_s)
         case Trigger.POSTCOPY_CHOSEN:
@@ -222,11 +230,12 @@ def _note_facts(state: MigrationState, event: MigrationEvent) -> MigrationState:
             return replace(new, switchover_forced=True)
         case Trigger.TRANSFER_COMPLETED:
             said = event.cause if event.by_operator else None
-            return replace(new, granted=True, source_died=event.source_died, cause=said)
+            new = replace(new, granted=True, fenced=False, source_died=event.source_died)
+            return replace(new, cause=said, decided_on_revision=event.decided_on_revision)
         case Trigger.DESTINATION_RAN:
             return replace(new, blackout_s=_blackout_s(new, event.resumed_at_s), cause=None)
         case Trigger.DESTINATION_REFUSED:
-            return replace(new, granted=False, undoing=True)
+            return replace(new, granted=False, undoing=True, fenced=event.by_operator)
         case Trigger.STEP_FAILED:
             return replace(new, undoing=True)
         case Trigger.CANCEL_REQUESTED:

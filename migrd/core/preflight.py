@@ -148,6 +148,13 @@ def _of_destination(
             f"migration.tls is {WORD[source.tls]} here and {WORD[destination.tls]} on {host}",
             "set migration.tls alike on both hosts",
         )
+    if destination.arbiter != source.arbiter:
+        yield Refusal(
+            "arbiter_differs",
+            f"arbiter.kind is {source.arbiter} here and {destination.arbiter} on {host}: they "
+            "would not agree on who runs the guest",
+            "configure the same arbiter on both hosts",
+        )
     if destination.incoming_slots_free < 1:
         yield Refusal(
             "destination_full",

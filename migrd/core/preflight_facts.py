@@ -23,6 +23,8 @@ class DestinationFacts:
     plan: Plan | None = None
     """What it would decide about the VM's passthrough devices; None: it has none, or that host
     cannot tell."""
+    arbiter: str = "journal"
+    """Which kind of arbiter it has; `journal`: none."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,4 @@ class SourceFacts:
     """The decision that stands for the VM here; None: no passthrough devices, or none was made."""
     is_as_it_is: bool = True
     """False: `spec` and `plan` are those of a what-if, and its QEMU has other devices."""
+    arbiter: str = "journal"

@@ -3,16 +3,20 @@
     prepare -> launch -> receiving -> loaded -> (GRANT) owned, starting -> cont -> running
                    any time before starting:   -> refused, and the copy is discarded
 
-The guest here runs by GRANT alone. GRANT_RECEIVED and START_ORDERED are journalled in one
-transaction before `cont`; GUEST_RAN before the source is told. GUEST_LOADED is an observation, and
-saved together with them.
+The guest here runs by GRANT alone; with an arbiter by its record alone, see incoming_ownership:
+owned is journalled, `started` written there, starting journalled. Without, GRANT_RECEIVED and
+START_ORDERED are journalled in one transaction before `cont`. GUEST_RAN is journalled before the
+source is told. GUEST_LOADED is an observation, and saved together with what follows.
 
 After START_ORDERED this side may not refuse: if QEMU dies then, nobody can know whether the guest
 ran, and the view says so (`vmm_died`). In postcopy it does not refuse by time-out either.
+
+Longer than other modules because these are the steps of one task.
 """
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, Final
 
@@ -21,13 +25,17 @@ import structlog
 from migrd.core.facts import QemuStatus, RunState, TransferSample
 from migrd.core.handover import (
     DestinationPhase,
+    DestinationState,
     DestinationTrigger,
 )
 from migrd.core.migration import Mode
 from migrd.core.phases import TERMINAL, IllegalTransition, Phase
+from migrd.engine.incoming_ownership import RecordKeeping
 from migrd.engine.incoming_record import IncomingRecord
-from migrd.engine.ports import Vmm
+from migrd.engine.ports import Peer, StoredIncoming, Vmm
+from migrd.engine.world import World
 from migrd.errors import (
+    ArbiterUnavailable,
     Conflict,
     JournalError,
     MigrdError,
@@ -37,6 +45,7 @@ from migrd.errors import (
     VmmError,
     VmmRefused,
     VmmTimedOut,
+    VmmUnreachable,
 )
 from migrd.failpoints import around
 
@@ -64,6 +73,12 @@ ENDED_THERE: Final = frozenset(phase.value for phase in TERMINAL - {Phase.SUCCEE
 class Incoming(IncomingRecord):
     """The destination's side of one migration."""
 
+    def __init__(
+        self, world: World, stored: StoredIncoming, state: DestinationState, source: Peer | None
+    ) -> None:
+        super().__init__(world, stored, state, source)
+        self._record = RecordKeeping(self)
+
     # Messages from the source -------------------------------------------------------------
 
     def heard(self) -> None:
@@ -83,9 +98,18 @@ class Incoming(IncomingRecord):
 
     async def take_back(self, reason: str) -> None:
         """The source has the guest back by an operator's word, and our QEMU, which died while it
-        was started, never will run it. For a task that is over; raises JournalError."""
-        if self.state.phase is DestinationPhase.STARTING and self.vmm_died:
+        was started, never will run it. For a task that is over; raises JournalError, and
+        ArbiterUnavailable: with an arbiter its record must say so."""
+        may = self.state.phase is DestinationPhase.STARTING and self.vmm_died
+        if may and await self._record.is_the_sources():
             await self._apply(DestinationTrigger.TAKEN_BACK, reason=reason)
+
+    def grant_on_word(self) -> None:
+        """A person has proven that the source never runs the guest again: this copy may."""
+        if self._record.decides:
+            self._record.is_proven = True  # the record is changed first
+        else:
+            self.grant(run_guest=True)
 
     def want_refusal(self, reason: str) -> None:
         """Refuse as soon as possible, if it still may be."""
@@ -130,7 +154,7 @@ class Incoming(IncomingRecord):
             case DestinationPhase.LOADED:
                 await self._await_grant()
             case DestinationPhase.OWNED:
-                await self._apply(DestinationTrigger.START_ORDERED)
+                await self._order_start()
             case DestinationPhase.STARTING:
                 await self._start_guest()
             case DestinationPhase.RUNNING:
@@ -199,7 +223,7 @@ class Incoming(IncomingRecord):
     async def _await_grant(self) -> None:
         vmm = self._living()
         await self._poked(within_s=SOON_S)
-        async with vmm.feed() as feed:
+        async with vmm.feed() as feed, self._watching_record():
             while not self._granted.is_set():
                 if self._wanted_refusal is not None or await self._given_up("loaded"):
                     return
@@ -207,11 +231,47 @@ class Incoming(IncomingRecord):
                 self.sample = sample or self.sample
         if vmm.is_dead:
             raise VmmDied(f"process {vmm.pid} exited before the guest was started")
-        await self._apply(
-            DestinationTrigger.GRANT_RECEIVED,
-            DestinationTrigger.START_ORDERED,
-            run_guest=self._run_guest,
-        )
+        triggers = [DestinationTrigger.GRANT_RECEIVED]
+        if not self._record.decides:
+            triggers.append(DestinationTrigger.START_ORDERED)
+        await self._apply(*triggers, run_guest=self._run_guest)
+
+    @contextlib.asynccontextmanager
+    async def _watching_record(self) -> AsyncIterator[None]:
+        """With an arbiter the grant is seen in its record, too, when the source is silent."""
+        if not self._record.decides:
+            yield
+            return
+        task = asyncio.create_task(self._see_grant(), name=f"record-{self.id[:8]}")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _see_grant(self) -> None:
+        self._run_guest = await self._record.until_given()
+        self._granted.set()
+        self._poke.set()
+
+    async def _order_start(self) -> None:
+        """Owned: with an arbiter its record says so first, and then the guest is started."""
+        if self._record.decides:
+            vmm = self._living()
+            if vmm.is_dead:
+                raise VmmDied(f"process {vmm.pid} exited before the guest was started")
+            if not vmm.is_reachable:  # what cannot be started is better taken back
+                raise VmmUnreachable(f"the monitor of process {vmm.pid} is not connected")
+            try:
+                refusal = await self._record.mark_started()
+            except ArbiterUnavailable as exc:
+                self.note_arbiter(exc.message)
+                await asyncio.sleep(RETRY_S)
+                return
+            if refusal is not None:
+                await self._refuse(refusal)
+                return
+        await self._apply(DestinationTrigger.START_ORDERED)
 
     async def _poked(self, *, within_s: float) -> None:
         """GRANT nearly always comes at once: QEMU is not asked meanwhile, as the guest waits."""
@@ -254,7 +314,7 @@ class Incoming(IncomingRecord):
                     raise VmmDied(f"QEMU {vmm.pid} was ended: the memory it waited for is gone")
                 sample = await feed.newer(within_s=TICK_S)
         self.transfer_completed = True
-        self._tell("migration.changed")
+        self.changed("migration.changed")
 
     async def _is_beyond_help(self, vmm: Vmm) -> bool:
         """The source's QEMU is proven dead, and this one waits for what only that one had.
@@ -276,7 +336,7 @@ class Incoming(IncomingRecord):
     def _note_pause(self, is_paused: bool) -> None:
         if is_paused is not self.postcopy_paused:
             self.postcopy_paused = is_paused
-            self._tell("migration.changed")
+            self.changed("migration.changed")
 
     def _living(self) -> Vmm:
         if self.vmm is None:
@@ -310,7 +370,7 @@ class Incoming(IncomingRecord):
         if self.note is None:
             self.note = f"{self.stored.source} has been silent for {idle_s:.0f} s; the copy is kept"
             self.log.error("the source is silent; an operator is needed", note=self.note)
-            self._tell("migration.changed")
+            self.changed("migration.changed")
 
     async def _source_ended(self) -> str | None:
         """Why the source will never grant this migration; None when it may, or does not say."""
@@ -344,7 +404,7 @@ class Incoming(IncomingRecord):
         self.guest_running = False
         self.note = why
         self.log.error("the VMM died", phase=self.state.phase.value, cause=why)
-        self._tell("migration.changed")
+        self.changed("migration.changed")
 
     async def _on_failure(self, why: str) -> None:
         if self.state.phase is DestinationPhase.PREPARING:

@@ -51,6 +51,8 @@ class IncomingRecord:
         self.postcopy_paused = False
         self.note: str | None = None
         """What keeps it from going on, in words."""
+        self.arbiter_trouble: tuple[str, float] | None = None
+        """(what, since wall_s) while the arbiter does not answer, and is asked."""
         self.on_running: Callable[[IncomingRecord], None] = lambda _: None
         self.launch: Callable[[StoredIncoming], Awaitable[Vmm]] = self._launch_plainly
         """Launches the waiting QEMU. Raises MigrdError."""
@@ -99,7 +101,16 @@ class IncomingRecord:
             transfer_completed=self.transfer_completed,
             guest_running=self.guest_running,
             postcopy_paused=self.postcopy_paused,
+            arbitrated=self.stored.settings.arbitrated,
         )
+
+    def note_arbiter(self, trouble: str | None) -> None:
+        """Said once, and once when it is over."""
+        if (trouble is None) is not (self.arbiter_trouble is None):
+            now = self.world.clock.wall_s()
+            self.arbiter_trouble = None if trouble is None else (trouble, now)
+            self.log.warning("the arbiter", answers=trouble is None, cause=trouble)
+            self.changed("migration.changed")
 
     async def wait_newer(self, generation: int, within_s: float) -> DestinationView:
         """The view, as soon as its generation exceeds the one given or time is over."""
@@ -177,11 +188,12 @@ class IncomingRecord:
         if state.phase is DestinationPhase.RUNNING:
             self.world.observer.migration_ended("destination", "running", "none")
             self.on_running(self)
-        self._tell("migration.phase")
+        self.changed("migration.phase")
 
-    def _tell(self, kind: str) -> None:
+    def changed(self, kind: str, **body: object) -> None:
+        """A visible change: one more generation."""
         self.generation += 1
-        body = {"phase": self.state.phase.value, "generation": self.generation}
+        body = {"phase": self.state.phase.value, "generation": self.generation, **body}
         self.resource_version = self.world.stream.publish(
             kind, body, vm=self.stored.spec.name, migration_id=self.id
         )

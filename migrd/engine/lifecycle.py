@@ -16,11 +16,20 @@ from migrd.engine.decisions import bare, check_devices
 from migrd.engine.device_start import DeviceStart
 from migrd.engine.hot_plug import HotPlug
 from migrd.engine.migrations import Migrations
+from migrd.engine.ownership import claim
 from migrd.engine.ports import Vmm
 from migrd.engine.service import PlugRequest, VmView
 from migrd.engine.threads import in_thread
 from migrd.engine.vms import Entry, VmTable
-from migrd.errors import Conflict, Invalid, Unavailable, Violation, VmmDied
+from migrd.errors import (
+    ArbiterError,
+    ArbiterUnavailable,
+    Conflict,
+    Invalid,
+    Unavailable,
+    Violation,
+    VmmDied,
+)
 
 STOP_S: Final = 30.0
 
@@ -100,11 +109,27 @@ class Lifecycle:
         if entry.vmm is not None and not entry.vmm.is_dead:
             raise Conflict(f"{name} has a running QEMU: stop it first", code="vm_running")
         vmm = entry.vmm
+        await self._forget_record(entry)
         await self._world.journal.delete_vm(name)
         self._vms.remove(name)
         if vmm is not None:
             await self._starts.holding.release(vmm.instance)
             await self._world.launcher.forget(vmm)
+
+    async def _forget_record(self, entry: Entry) -> None:
+        """The arbiter's record goes first: one that nobody knows of would keep the VM from being
+        started anywhere. Another host's is left alone. Raises Unavailable."""
+        arbiter = self._world.arbiter
+        if not arbiter.is_present or not entry.here:
+            return
+        try:
+            record = await arbiter.read(entry.spec.name)
+            if record is not None and record.owner == self._world.options.host:
+                await arbiter.forget(record)
+        except ArbiterError as exc:
+            raise Unavailable(
+                f"{entry.spec.name} was not forgotten: {exc.message}", code=exc.code
+            ) from exc
 
     async def start(self, name: str) -> VmView:
         entry = self._vms.require(name)
@@ -119,6 +144,7 @@ class Lifecycle:
             if old is not None:
                 await self._starts.holding.release(old.instance)  # else it has its devices still
                 await self._world.launcher.forget(old)
+            await self._claim(entry)
             vmm = await self._launch(entry)
         except VmmDied as exc:
             raise Conflict(exc.message, code="launch_failed") from exc
@@ -130,6 +156,22 @@ class Lifecycle:
         await self._vms.look(entry)
         self._vms.changed(entry)
         return self.view(entry)
+
+    async def _claim(self, entry: Entry) -> None:
+        """With an arbiter, its record says that the VM is this host's before it is started.
+        Raises Conflict (`owned_elsewhere`), Unavailable (`arbiter_unavailable`)."""
+        world, name = self._world, entry.spec.name
+        if not world.arbiter.is_present:
+            return
+        epoch = self._vms.last_epoch(name)
+        host, proves = world.options.host, self._migrations.proves
+        try:
+            record = await claim(world.arbiter, name, host, epoch, None, proves)
+        except ArbiterUnavailable as exc:
+            raise Unavailable(
+                f"{name} was not started: {exc.message}; it may run elsewhere", code=exc.code
+            ) from exc
+        entry.epoch = max(entry.epoch, record.epoch)
 
     async def _launch(self, entry: Entry) -> Vmm:
         """With devices: what is decided is durable before QEMU is started."""

@@ -18,6 +18,8 @@ from migrd.core.migration import MigrationState, Mode
 from migrd.core.phases import Instruction, Phase, Trigger
 from migrd.core.standing import StandingDecision
 from migrd.core.tracking import Plan
+from migrd.engine.arbiter_port import Ownership
+from migrd.engine.arbitrated import put_right
 from migrd.engine.decisions import placed_spec
 from migrd.engine.device_start import DeviceStart
 from migrd.engine.incoming import Incoming
@@ -91,6 +93,17 @@ class Migrations:
                 return i
         return None
 
+    def proves(self, record: Ownership) -> bool:
+        """Does this host's journal prove that the guest is this host's, although the arbiter's
+        record says otherwise? It was kept, or came back, or came here, by that very migration."""
+        self.vms.note_epoch(record.vm, record.epoch)  # epochs only grow, wherever they were seen
+        id_ = record.migration_id or ""
+        m, i = self.outgoing.get(id_), self.incoming.get(id_)
+        if m is not None:
+            return m.state.is_terminal and not m.has_left and m.state.epoch == record.epoch
+        came = i is not None and i.state.phase is DestinationPhase.RUNNING
+        return came and i is not None and i.state.epoch == record.epoch
+
     @property
     def pending(self) -> list[Outgoing]:
         """Waiting for a slot, first come first."""
@@ -127,6 +140,7 @@ class Migrations:
         m.on_ended = self._ended
         vm = stored.request.vm
         m.decision = lambda: self._standing(vm)
+        m.proves = self.proves
         m.plan_now = lambda: self._plan_now(vm)
         m.spec_now = lambda: self._spec_now(stored)
         self.outgoing[m.id] = m
@@ -166,6 +180,7 @@ class Migrations:
                 await self._after_outgoing(m)
                 self.start_pending()
                 self._forget_old()
+                await put_right(m)
 
     def _ended(self, m: Outgoing) -> None:
         """What became of the VM here; true by the time that a client can see the end."""

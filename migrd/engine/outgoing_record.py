@@ -16,6 +16,8 @@ from migrd.core.migration import Cause, MigrationEvent, MigrationState
 from migrd.core.phases import Phase, Trigger
 from migrd.core.standing import StandingDecision, with_addresses
 from migrd.core.tracking import Migratability, Plan
+from migrd.engine.arbiter_port import Ownership
+from migrd.engine.ownership import Proof
 from migrd.engine.ports import Peer, StoredRequest, Vmm
 from migrd.engine.world import World
 from migrd.errors import JournalError
@@ -70,6 +72,10 @@ class OutgoingRecord:
         self.may_have_run = True
         """The source may have executed since the copy at the destination was taken. False only
         while this process has watched it stand still without a gap."""
+        self.record: Ownership | None = None
+        """The arbiter's, as this process last saw that it is this host's; None: not yet."""
+        self.proves: Proof = lambda _: False
+        """Whether this host's journal proves that a record is behind the truth."""
         self._unkept: deque[tuple[str, dict[str, object]]] = deque(maxlen=KEPT_ROUNDS)
         self.log = log.bind(vm=stored.request.vm, migration_id=stored.id)
 
@@ -92,6 +98,7 @@ class OutgoingRecord:
             peer_name=self.peer.name,
             migration_id=self.id,
             epoch=self.state.epoch,
+            arbitrated=self.world.arbiter.is_present,
         )
 
     def spec_there(self) -> VmSpec:
@@ -123,6 +130,11 @@ class OutgoingRecord:
         """Where the destination listens, at the address that the roster names for the stream."""
         host = self.world.options.migration_hosts.get(self.peer.name, address.host)
         return TransferAddress(host, address.port)
+
+    @property
+    def decided_on_revision(self) -> int | None:
+        """Of the record, for a grant that is decided now."""
+        return None if self.record is None else self.record.revision
 
     @property
     def has_left(self) -> bool:

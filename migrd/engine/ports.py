@@ -295,6 +295,8 @@ class DestinationView:
     guest_running: bool = False
     postcopy_paused: bool = False
     """Its QEMU was seen to wait for memory that does not come."""
+    arbitrated: bool = False
+    """It starts the guest by what the arbiter's record says; GRANT only hastens that."""
 
 
 @dataclass(frozen=True)
@@ -328,6 +330,8 @@ class HostProfile:
     plan: Plan | None = None
     """What it would decide about the VM's passthrough devices; None: the VM has none, or that host
     cannot tell."""
+    arbiter: str = "journal"
+    """The kind of its arbiter (ArbiterState.kind)."""
 
 
 class Peer(Protocol):

@@ -8,9 +8,9 @@ Who switches over: QEMU is given the downtime limit less the fixed cost and may 
 soon as its own figures fit; where ours fit and its do not (it takes the last 100 ms for its
 bandwidth, which is too low right after a pause or under a throttle), it is told our bandwidth.
 
-While the destination's migrd does not answer, QEMU is held in precopy by limits that leave no room
-for a single page. (A guest that hardly writes may still reach the switchover; it is then brought
-back at once, see `switchover`.)
+While the destination's migrd, or the arbiter, does not answer, QEMU is held in precopy by limits
+that leave no room for a single page. (A guest that hardly writes may still reach the switchover; it
+is then brought back at once, see `switchover`.)
 
 A restarted daemon begins this step again: it finds QEMU's migration going on and goes on steering.
 """
@@ -25,9 +25,11 @@ from migrd.core.facts import QemuStatus, TransferSample
 from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Cause, MigrationEvent, Mode
 from migrd.core.phases import Trigger
+from migrd.engine.arbiter_watch import ArbiterWatch
 from migrd.engine.first_look import first_look, keep_numbers
 from migrd.engine.last_words import last_word, why_failed
 from migrd.engine.outgoing import Outgoing
+from migrd.engine.ownership import UNREACHABLE
 from migrd.engine.ports import DestinationView
 from migrd.engine.rounds import RoundCounter, record_decision, record_round
 from migrd.engine.stopped_copy import StoppedCopy
@@ -43,6 +45,7 @@ HOLD_S: Final = 0.001
 and switches over when that is zero."""
 HOLD_BYTES_PER_S: Final = 256 << 10
 """So that less than a page fits the limit: a guest that writes 64 pages a second is held."""
+DESTINATION: Final = "DestinationUnreachable"
 LEAST_LIMIT_S: Final = 0.001
 AT_ONCE_S: Final = 2000.0
 """The largest downtime limit QEMU takes."""
@@ -63,7 +66,7 @@ async def run_precopy(m: Outgoing) -> MigrationEvent:
     """Carry out RUN_PRECOPY; raises the VmmError family for the runner to translate."""
     steering = Steering(m)
     try:
-        async with steering.watching_destination():
+        async with steering.watching():
             await steering.stopped.begin()
             await steering.begin()
             steering.begun.set()
@@ -87,7 +90,8 @@ class Steering:
         self._m = m
         self._counter = RoundCounter(m.rounds[-1].number if m.rounds else 0)
         self._destination: DestinationView | None = None
-        self._holding = False
+        self._holds: set[str] = set()
+        """The conditions for which QEMU is held in precopy."""
         self._owes_limits = False
         """QEMU may not have the limits that it should have."""
         self._hastened = False
@@ -96,6 +100,7 @@ class Steering:
         self._began_at_s = float("-inf")
         self.begun = asyncio.Event()
         self.stopped = StoppedCopy(m)
+        self._arbiter = ArbiterWatch(m)
 
     async def begin(self) -> None:
         """Issue `migrate`, unless QEMU's migration is already under way (we were restarted)."""
@@ -138,7 +143,7 @@ class Steering:
             for round_ in self._counter.observe(sample):
                 m.estimate = estimate([*m.rounds, round_], m.state.policy)
                 record_round(m, round_)
-        refused = self._refused()
+        refused = self._refused() or self._lost()
         if refused is not None:
             return refused
         if self._owes_limits:
@@ -197,6 +202,10 @@ class Steering:
         why = view.reason or "it gave no reason"
         return self._m.failed("destination_refused", f"{self._m.peer.name} gave up: {why}")
 
+    def _lost(self) -> MigrationEvent | None:
+        lost = self._arbiter.lost
+        return None if lost is None else self._m.failed(lost.code, lost.message)
+
     def _stalled(self, now_s: float) -> MigrationEvent | None:
         m = self._m
         if m.moved_at_s is None or m.sample is None:
@@ -246,7 +255,7 @@ class Steering:
                 m.throttle_percent = decision.throttle_percent
             case Verdict.START_POSTCOPY:
                 await self._start_postcopy()
-            case Verdict.SWITCH_OVER if not self._holding:
+            case Verdict.SWITCH_OVER if not self._holds:
                 await self._hasten(decision, again=again)
             case _:
                 pass
@@ -254,7 +263,7 @@ class Steering:
 
     async def _start_postcopy(self) -> None:
         m = self._m
-        if self._holding:
+        if self._holds:
             return
         await m.apply(m.event(Trigger.POSTCOPY_CHOSEN))
         await m.vmm.start_postcopy()
@@ -279,7 +288,7 @@ class Steering:
         """Give QEMU the policy as it is now, or hold it in precopy."""
         m, policy = self._m, self._m.state.policy
         bandwidth = policy.max_bandwidth_bytes_per_s
-        if self._holding:
+        if self._holds:
             limit_s, bandwidth = HOLD_S, min(bandwidth or HOLD_BYTES_PER_S, HOLD_BYTES_PER_S)
         elif m.state.switchover_forced:
             limit_s = AT_ONCE_S
@@ -299,14 +308,19 @@ class Steering:
     # The other side -------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def watching_destination(self) -> AsyncIterator[None]:
-        """Keep the newest view of the destination at hand, and its connection warm."""
-        task = asyncio.create_task(self._ask_destination())
+    async def watching(self) -> AsyncIterator[None]:
+        """Keep the newest view of the destination at hand, and its connection warm; see whether
+        the arbiter answers."""
+        tasks = [
+            asyncio.create_task(self._ask_destination()),
+            asyncio.create_task(self._arbiter.run(self._hold, self._let_go)),
+        ]
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.wait([task])
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     async def _ask_destination(self) -> None:
         m, generation = self._m, -1
@@ -319,11 +333,12 @@ class Steering:
                 await asyncio.sleep(TICK_S)
             except PeerError as exc:
                 generation = -1  # a daemon that was restarted counts anew
-                await self._hold(exc.message)
+                await self._hold(DESTINATION, exc.message)
                 await asyncio.sleep(TICK_S)
             else:
                 generation, self._destination = view.generation, view
-                await self._let_go()
+                self._m.settle("DestinationUnclear")
+                await self._let_go(DESTINATION)
 
     async def _asked(self, generation: int) -> DestinationView:
         """The next view. When this step ends meanwhile, the switchover goes on waiting for it."""
@@ -335,17 +350,16 @@ class Steering:
             m.ahead.keep_view(asking)
             raise
 
-    async def _hold(self, why: str) -> None:
-        if not self._holding:
-            self._holding = True
-            self._m.trouble("DestinationUnreachable", why)
+    async def _hold(self, condition: str, why: str) -> None:
+        if condition not in self._holds:
+            self._holds.add(condition)
+            self._m.trouble(condition, why)
             await self._try_limits()
 
-    async def _let_go(self) -> None:
-        self._m.settle("DestinationUnclear")
-        if self._holding:
-            self._holding = False
-            self._m.settle("DestinationUnreachable")
+    async def _let_go(self, condition: str) -> None:
+        if condition in self._holds:
+            self._holds.remove(condition)
+            self._m.settle(condition)
             await self._try_limits()
 
     async def after_death(self, exc: VmmDied) -> MigrationEvent:
@@ -371,7 +385,7 @@ def _is_nearer(before: TransferSample, sample: TransferSample) -> bool:
 def is_pointless(m: Outgoing) -> bool:
     """The guest stands still, nobody could start it over there, and nothing has left yet."""
     waiting = m.sample is not None and m.sample.qemu_status is QemuStatus.PRE_SWITCHOVER
-    return waiting and "DestinationUnreachable" in m.troubles
+    return waiting and not m.troubles.keys().isdisjoint((DESTINATION, UNREACHABLE))
 
 
 def _gist(decision: Decision) -> tuple[object, ...]:

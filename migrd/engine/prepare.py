@@ -11,11 +11,14 @@ from migrd.core.preflight import DestinationFacts, Preflight, SourceFacts, check
 from migrd.core.standing import placed_launch, with_addresses
 from migrd.core.tracking import Plan
 from migrd.core.vfio_launch import VfioLaunch
+from migrd.engine.arbitrated import own_record
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView, HostProfile, Peer, Vmm
 from migrd.engine.threads import in_thread
 from migrd.engine.world import World
 from migrd.errors import (
+    ArbiterUnavailable,
+    Conflict,
     MigrdError,
     PeerError,
     PeerTimedOut,
@@ -80,6 +83,7 @@ async def judge(
         world.options.tls is not None,
         candidate.plan,
         is_as_it_is=candidate.told is None,
+        arbiter=world.arbiter.state.kind,
     )
     return check(request, source, _as_facts(profile)), facts, profile
 
@@ -123,6 +127,7 @@ def _as_facts(profile: HostProfile) -> DestinationFacts:
         tls=profile.tls,
         refusals=profile.refusals,
         plan=profile.plan,
+        arbiter=profile.arbiter,
     )
 
 
@@ -168,20 +173,38 @@ async def prepare_destination(m: Outgoing) -> MigrationEvent:
     """Carry out PREPARE_DESTINATION: a waiting QEMU there, capabilities here, at the same time."""
     limit_s = m.world.options.prepare_deadline_s
     there = asyncio.create_task(_prepare_there(m), name=f"prepare-{m.id[:8]}")
+    record = asyncio.create_task(_claim(m), name=f"claim-{m.id[:8]}")
     try:
         async with asyncio.timeout(limit_s):
             await m.vmm.prepare_outgoing(m.settings(), m.world.options.tls)
             view = await there
+            await record
     except TimeoutError:
         return m.failed("prepare_timed_out", f"{m.peer.name} was not ready within {limit_s:.0f} s")
-    except (PeerError, VmmError) as exc:
+    except (PeerError, VmmError, ArbiterUnavailable, Conflict) as exc:
         if isinstance(exc, VmmDied):
             raise
         return m.failed(exc.code, exc.message)
     finally:
-        there.cancel()
-        await asyncio.wait([there])
+        for task in (there, record):
+            task.cancel()
+        await asyncio.wait([there, record])
+    return _prepared(m, view)
+
+
+async def _claim(m: Outgoing) -> None:
+    if m.world.arbiter.is_present:
+        await own_record(m)
+
+
+def _prepared(m: Outgoing, view: DestinationView) -> MigrationEvent:
+    arbitrated = m.world.arbiter.is_present
+    if view.arbitrated is not arbitrated:
+        which = "no arbiter" if arbitrated else "an arbiter, and this host none"
+        return m.failed("arbiter_differs", f"{m.peer.name} has {which}: configure the same")
     if view.address is None:
         why = view.reason or f"it is {view.phase.value}"
         return m.failed("destination_refused", f"{m.peer.name} did not get ready: {why}")
-    return m.event(Trigger.DESTINATION_PREPARED, address=m.reachable(view.address))
+    return m.event(
+        Trigger.DESTINATION_PREPARED, address=m.reachable(view.address), arbitrated=arbitrated
+    )

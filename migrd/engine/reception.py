@@ -22,7 +22,15 @@ from migrd.engine.migrations import Migrations
 from migrd.engine.peer_service import PEER_PROTOCOL, HelloFacts
 from migrd.engine.ports import DestinationView, HostProfile, SourceView, StoredIncoming
 from migrd.engine.threads import in_thread
-from migrd.errors import Conflict, MigrdError, NotFound, Unavailable, VmmError, VmmRefused
+from migrd.errors import (
+    ArbiterUnavailable,
+    Conflict,
+    MigrdError,
+    NotFound,
+    Unavailable,
+    VmmError,
+    VmmRefused,
+)
 
 DISCARD_S: Final = 5.0
 GRANT_ANSWER_S: Final = 2.0
@@ -87,6 +95,7 @@ class Reception:
             tls=options.tls is not None,
             refusals=tuple(seen.refusals),
             plan=seen.plan,
+            arbiter=world.arbiter.state.kind,
         )
 
     async def _look_at(self, vm: VmSpec) -> _Seen:
@@ -144,6 +153,7 @@ class Reception:
         async with lock, self._preparing:  # two at once must not both pass the checks
             i = self._migrations.incoming.get(migration_id)
             if i is None:
+                self._check_arbiter(source, settings)
                 await self._make_room(source, migration_id, vm.name, epoch)
                 decision = await self._decide(vm, least)
                 i = await self._store(source, migration_id, epoch, vm, settings, decision)
@@ -152,6 +162,14 @@ class Reception:
             while i.state.phase is DestinationPhase.PREPARING:
                 await i.wait_newer(i.generation, 1.0)
         return i.view()
+
+    def _check_arbiter(self, source: str, settings: TransferSettings) -> None:
+        if settings.arbitrated is not self._world.arbiter.is_present:
+            which = "no arbiter" if settings.arbitrated else f"an arbiter, and {source} none"
+            raise Conflict(
+                f"{self._world.options.host} has {which}: configure the same on both hosts",
+                code="arbiter_differs",
+            )
 
     async def _make_room(self, source: str, migration_id: str, vm: str, epoch: int) -> None:
         """Raises Conflict or Unavailable. An older attempt of the same source is discarded."""
@@ -257,7 +275,10 @@ class Reception:
         i = self._known(migration_id)
         self._check_epoch(i, epoch)
         if i.is_over:
-            await i.take_back(f"{source}: {reason}")
+            try:
+                await i.take_back(f"{source}: {reason}")
+            except ArbiterUnavailable as exc:
+                raise Unavailable(exc.message, code=exc.code) from exc
             self._migrations.taken_back(i)
         else:
             await _refused(i, f"{source}: {reason}")

@@ -6,6 +6,9 @@ refused. So whatever QEMU shows, `cont` here is safe; QEMU alone would not prote
     look -> (in a migration) cancel, or yank when cancel does not free it -> (paused) cont ->
     running
 
+With an arbiter, what a person's word gave back is first written into its record (`fence`); a
+durable refusal is obeyed at once, and the record put right afterwards.
+
 The destination is told to discard its copy afterwards, for until the source is seen to run the
 destination's may be the only complete one.
 """
@@ -18,6 +21,7 @@ from migrd.core.facts import QemuStatus, RunState, TransferSample
 from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Cause, MigrationEvent, Mode
 from migrd.core.phases import Trigger
+from migrd.engine.arbitrated import fence
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import DestinationView
 from migrd.errors import PeerError, VmmDied, VmmError, VmmRefused, VmmTimedOut
@@ -75,6 +79,8 @@ async def bring_back(m: Outgoing, *, death_s: float | None = DEATH_S) -> Migrati
 
     `death_s`: for so long the destination is asked when the source has died. None: without end.
     """
+    if m.state.arbitrated and m.state.fenced:
+        await fence(m)
     while True:
         try:
             left = await _if_left_by_postcopy(m)

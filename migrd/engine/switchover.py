@@ -25,7 +25,15 @@ from migrd.core.facts import QemuStatus, RunState, TransferSample
 from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Cause, MigrationEvent, Mode
 from migrd.core.phases import Phase, Trigger
+from migrd.engine.arbitrated import (
+    before_the_grant,
+    keep_asking_by_record,
+    note_that_it_left,
+    obtain_by_record,
+)
+from migrd.engine.granting import FIRST_RETRY_S, LONGEST_RETRY_S, ask_until_answered
 from migrd.engine.outgoing import Outgoing
+from migrd.engine.ownership import UNREACHABLE
 from migrd.engine.ports import DestinationView
 from migrd.engine.precopy import is_pointless
 from migrd.engine.recover_postcopy import finish_postcopy
@@ -33,7 +41,6 @@ from migrd.engine.rollback import bring_back, unwatched
 from migrd.errors import (
     MigrdError,
     PeerError,
-    PeerRefused,
     VmmDied,
     VmmError,
     VmmRefused,
@@ -47,8 +54,6 @@ ASK_S: Final = 0.3
 LOST_S: Final = 0.8
 """A long poll that has not answered by then is asked again: its message, or the answer, was lost,
 and the guest may stand still."""
-FIRST_RETRY_S: Final = 0.02
-LONGEST_RETRY_S: Final = 2.0
 YANKED_S: Final = 5.0
 """After the yank the source must be seen to have failed within this."""
 DEATH_S: Final = 5.0
@@ -58,8 +63,8 @@ async def complete_switchover(m: Outgoing) -> MigrationEvent:
     """Carry out COMPLETE_SWITCHOVER."""
     if is_pointless(m):
         return m.failed(
-            "destination_unreachable",
-            f"migrd on {m.peer.name} does not answer; the guest was not kept waiting for it",
+            "arbiter_unavailable" if UNREACHABLE in m.troubles else "destination_unreachable",
+            f"{_who_is_away(m)} does not answer; the guest was not kept waiting for it",
         )
     deadline_s = m.world.options.switchover_s(m.state.policy.downtime_limit_s)
     try:
@@ -69,6 +74,10 @@ async def complete_switchover(m: Outgoing) -> MigrationEvent:
         return await _after_death(m, exc)
     except TimeoutError:
         return await _late(m, deadline_s)
+
+
+def _who_is_away(m: Outgoing) -> str:
+    return "the arbiter" if UNREACHABLE in m.troubles else f"migrd on {m.peer.name}"
 
 
 async def _persist(m: Outgoing) -> MigrationEvent:
@@ -100,7 +109,9 @@ async def _both_sides_done(m: Outgoing, *, fresh: bool) -> MigrationEvent:
             failed = await _source_done(m, fresh=True)  # rule 4 of the handover
             if failed is not None:
                 return failed
-        return m.event(Trigger.TRANSFER_COMPLETED)
+        if m.state.arbitrated and (failed := await before_the_grant(m)) is not None:
+            return failed
+        return m.event(Trigger.TRANSFER_COMPLETED, decided_on_revision=m.decided_on_revision)
     finally:
         loaded.cancel()
         await asyncio.wait([loaded])
@@ -254,10 +265,12 @@ async def _after_death(m: Outgoing, exc: VmmDied) -> MigrationEvent:
 
 async def obtain_answer(m: Outgoing) -> MigrationEvent:
     """Carry out OBTAIN_ANSWER: GRANT until answered, or call the operator."""
+    if m.state.arbitrated:
+        return await obtain_by_record(m)
     deadline_s = m.world.options.grant_deadline_s
     try:
         async with asyncio.timeout(deadline_s):
-            return await _ask_until_answered(m)
+            return await ask_until_answered(m)
     except TimeoutError:
         trouble = m.troubles.get("DestinationUnreachable")
         why = f": {trouble[0]}" if trouble else ""
@@ -271,8 +284,10 @@ async def obtain_answer(m: Outgoing) -> MigrationEvent:
 
 async def keep_asking(m: Outgoing) -> MigrationEvent:
     """Carry out KEEP_ASKING: what would settle it is asked for without end."""
+    if m.state.granted and m.state.arbitrated:
+        return await keep_asking_by_record(m)
     if m.state.granted:
-        return await _ask_until_answered(m, died_is_unknown=False)
+        return await ask_until_answered(m, died_is_unknown=False)
     if m.vmm.is_dead and m.may_have_run:
         return await _until_there_is_nothing(m)
     if m.state.undoing:
@@ -298,46 +313,6 @@ async def _until_there_is_nothing(m: Outgoing) -> MigrationEvent:
     return m.event(Trigger.GUEST_DIED, cause=m.state.cause)
 
 
-async def _ask_until_answered(m: Outgoing, *, died_is_unknown: bool = True) -> MigrationEvent:
-    pause_s = FIRST_RETRY_S
-    while True:
-        event = await _grant_once(m, died_is_unknown)
-        if event is not None:
-            return event
-        await asyncio.sleep(pause_s)
-        pause_s = min(2 * pause_s, LONGEST_RETRY_S)
-
-
-async def _grant_once(m: Outgoing, died_is_unknown: bool) -> MigrationEvent | None:
-    """One GRANT; None when the answer settles nothing."""
-    try:
-        with around("source.grant"):
-            view = await m.peer.grant(m.id, m.state.epoch, run_guest=m.state.run_guest)
-    except PeerRefused as exc:
-        m.trouble("DestinationUnclear", f"{m.peer.name}: {exc.message}")
-        return None
-    except PeerError as exc:
-        m.trouble("DestinationUnreachable", exc.message)
-        return None
-    m.settle("DestinationUnreachable")
-    m.settle("DestinationUnclear")
-    now_s = m.world.clock.monotonic_s()
-    if view.phase is DestinationPhase.RUNNING:
-        return m.event(Trigger.DESTINATION_RAN, resumed_at_s=now_s)
-    if view.phase is DestinationPhase.REFUSED:
-        cause = Cause("destination_refused", f"{m.peer.name} refused: {view.reason}")
-        trigger = Trigger.GUEST_DIED if m.state.source_died else Trigger.DESTINATION_REFUSED
-        return m.event(trigger, cause=cause)
-    if view.vmm_died and died_is_unknown:
-        cause = Cause(
-            "destination_died_starting",
-            f"the VMM on {m.peer.name} died while it was being started ({view.reason}): nobody "
-            "can know whether the guest ran there; the copy here is kept, stopped",
-        )
-        return m.event(Trigger.OUTCOME_UNKNOWN, cause=cause)
-    return None
-
-
 # Completing ---------------------------------------------------------------------------------------
 
 
@@ -347,6 +322,8 @@ async def release_source(m: Outgoing) -> MigrationEvent:
         event = await finish_postcopy(m)
         if event is not None:
             return event
+        if m.state.arbitrated:
+            await note_that_it_left(m)
     if not m.vmm.is_dead:
         await _check_not_running(m)
         limit_s = m.world.options.release_deadline_s

@@ -6,9 +6,11 @@ from migrd.core.convergence import Estimate
 from migrd.core.facts import RunState, TransferSample
 from migrd.core.handover import DestinationPhase
 from migrd.core.phases import Phase
+from migrd.engine.arbitrated import ELSEWHERE
 from migrd.engine.device_holding import DeviceHolding
 from migrd.engine.incoming import Incoming
 from migrd.engine.outgoing import Outgoing
+from migrd.engine.ownership import UNREACHABLE
 from migrd.engine.service import (
     Condition,
     MigrationView,
@@ -176,6 +178,11 @@ def _operators_part(m: Outgoing) -> str:
             f"prove it and say so: migrd resolve {m.id} destination_fenced --evidence '...' "
             f"(the guest then goes on from the copy on {here})."
         )
+    if m.state.fenced and not m.troubles.keys().isdisjoint((UNREACHABLE, ELSEWHERE)):
+        return (
+            f"Bring the arbiter back (migrd doctor): {vm} goes on here as soon as its record says "
+            "what was proven. The word need not be said again."
+        )
     if m.vmm.is_dead:
         return (
             f"The QEMU on {here} is dead; {there} may hold a whole copy of {vm}, stopped. When "
@@ -230,11 +237,14 @@ def of_incoming(i: Incoming) -> MigrationView:
 
 
 def _notes(i: Incoming) -> tuple[Condition, ...]:
-    said = i.state.reason or i.note
-    if said is None:
-        return ()
-    type_ = "Refused" if i.state.reason else "NotGoingOn"
-    return (Condition(type_, "True", _snake(type_), said, i.entered[-1][1]),)
+    said, standing = i.state.reason or i.note, []
+    if said is not None:
+        type_ = "Refused" if i.state.reason else "NotGoingOn"
+        standing.append(Condition(type_, "True", _snake(type_), said, i.entered[-1][1]))
+    if i.arbiter_trouble is not None and not i.is_over:
+        message, since = i.arbiter_trouble
+        standing.append(Condition(UNREACHABLE, "True", _snake(UNREACHABLE), message, since))
+    return tuple(standing)
 
 
 def _next_step_there(i: Incoming) -> str | None:

@@ -91,6 +91,7 @@ class WireSettings(WireModel):
     postcopy_preempt: bool
     tls: bool
     peer_name: Annotated[str, Field(max_length=253)]
+    arbitrated: bool = False
 
     @classmethod
     def of(cls, settings: TransferSettings) -> Self:
@@ -172,6 +173,7 @@ class WireDestinationView(WireModel):
     transfer_completed: bool
     guest_running: bool
     postcopy_paused: bool = False
+    arbitrated: bool = False
 
     @classmethod
     def of(cls, view: DestinationView) -> Self:
@@ -186,6 +188,7 @@ class WireDestinationView(WireModel):
             transfer_completed=view.transfer_completed,
             guest_running=view.guest_running,
             postcopy_paused=view.postcopy_paused,
+            arbitrated=view.arbitrated,
         )
 
     def value(self) -> DestinationView:
@@ -226,6 +229,7 @@ class WireHostProfile(WireModel):
     tls: bool
     refusals: Annotated[list[WireRefusal], Field(max_length=1000)] = []
     plan: WirePlan | None = None
+    arbiter: Name = "journal"
 
     @classmethod
     def of(cls, profile: HostProfile) -> Self:

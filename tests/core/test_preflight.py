@@ -92,6 +92,7 @@ PROVOKED: dict[str, dict[str, Any]] = {
     "vm_exists_at_destination": {"destination": there(vm_present=True)},
     "stale_epoch": {"destination": there(last_epoch=4)},
     "tls_mismatch": {"destination": there(tls=False)},
+    "arbiter_differs": {"destination": there(arbiter="etcd")},
     "destination_full": {"destination": there(incoming_slots_free=0)},
     "destination_out_of_memory": {"destination": there(memory_available_bytes=GIB)},
     "profile_differs": {"destination": there(launch_digest="another")},

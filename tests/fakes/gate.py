@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from migrd.errors import (
+    ArbiterUnavailable,
     JournalError,
     KernelBusy,
     MigrdError,
@@ -151,6 +152,8 @@ def errors_of(call: str) -> list[tuple[str, MigrdError, bool]]:
             ("peer_timed_out", PeerTimedOut("no answer"), True),
             ("peer_unreachable", PeerUnreachable("connection refused"), False),
         ]
+    if port == "arbiter":
+        return [("arbiter_unavailable", ArbiterUnavailable("no answer"), True)]
     if call == "passthrough.open":
         return [("kernel_busy", KernelBusy("somebody has it open", errno=16), False)]
     if port == "vmm":

@@ -24,12 +24,14 @@ from migrd.core.phases import Phase
 from migrd.core.tracking import TrackingPolicy
 from migrd.engine import host as host_module
 from migrd.engine import reception as reception_module
+from migrd.engine.arbiter_port import Arbiter, NoArbiter
 from migrd.engine.engine import Engine
 from migrd.engine.options import EngineOptions
 from migrd.engine.ports import Peer
 from migrd.engine.service import MigrationView
 from migrd.engine.stream import Stream
 from migrd.engine.world import NobodyWatches, World
+from tests.fakes.arbiter import FakeArbiter, FakeArbiterStore
 from tests.fakes.gate import Gate, Gated, GatedLauncher, Plan, no_faults
 from tests.fakes.guest import Guest
 from tests.fakes.hardware import Hardware, SimPassthrough, pidfds_of
@@ -116,8 +118,17 @@ class Daemon:
             self.observer,
             inventory=hardware.inventory,
             passthrough=passthrough,
+            arbiter=self._arbiter(),
             open_pidfd=pidfds_of(hardware.host),
         )
+
+    def _arbiter(self) -> Arbiter:
+        store = self._pair.arbiter
+        if store is None:
+            return NoArbiter()
+        arbiter: Any = Gated(self.gate, "arbiter", FakeArbiter(store, self.name))
+        gated: Arbiter = arbiter
+        return gated
 
     async def _live(self) -> None:
         pair = self._pair
@@ -164,7 +175,9 @@ class Daemon:
 class Pair:
     """alpha and beta."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, arbiter: FakeArbiterStore | None = None, **options: Any) -> None:
+        self.arbiter = arbiter
+        """Of both hosts; None: the journals decide alone."""
         self.ground = Ground()
         self.road = Road()
         self.hosts = {name: FakeHost(name, self.ground) for name in ("alpha", "beta")}
