@@ -130,8 +130,8 @@ ROWS: Final = (
     Row(
         "canonical/lxd#6226",
         Area.JOURNAL,
-        "After the disk had been full the daemon's database did not start again, for the end of its "
-        "last log file was not what a whole write leaves.",
+        "After the disk had been full the daemon's database did not start again, for the end of "
+        "its last log file was not what a whole write leaves.",
         "The last record is half on the disk when the daemon dies; a log with a broken end is "
         "refused like a damaged one.",
         "The same refusal at the start; there zeros were left over, here a record is half written. "
