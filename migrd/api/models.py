@@ -21,6 +21,7 @@ from migrd.api.models_devices import (
     Kernel,
 )
 from migrd.api.models_host import (
+    Arbiter,
     Check,
     DevicePlug,
     Event,
@@ -89,6 +90,7 @@ from migrd.api.wire import NAME_PATTERN, WireModel
 __all__ = [
     "NAME_PATTERN",
     "ActionAnswer",
+    "Arbiter",
     "Capability",
     "Check",
     "Condition",

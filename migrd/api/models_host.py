@@ -19,6 +19,7 @@ from migrd.api.wire import At, Name, WireModel, at, at_or_none, ms
 from migrd.core import facts
 from migrd.core.tracking import TrackingPolicy
 from migrd.engine import service
+from migrd.engine.arbiter_port import ArbiterState
 
 MAX_PARAMETERS: Final = 64
 MAX_PARAMETER_TEXT: Final = 1024
@@ -78,6 +79,34 @@ class Peer(WireModel):
         )
 
 
+class Arbiter(WireModel):
+    """Who says who may run a VM."""
+
+    kind: str
+    """journal: the journals of source and destination, and nobody else; or etcd."""
+    reachable: bool
+    """Whether it answered when last asked; until then nothing new begins, and every guest runs
+    on."""
+    since: At | None
+    """null: not asked yet, or there is nobody to ask."""
+    problem: str | None
+    """What is wrong with it, with the cure."""
+    endpoints: tuple[str, ...]
+    hosts: tuple[str, ...] | None
+    """Hosts whose migrd is there, as it last listed them; null: not known."""
+
+    @classmethod
+    def of(cls, state: ArbiterState) -> Self:
+        return cls(
+            kind=state.kind,
+            reachable=state.is_reachable,
+            since=at_or_none(state.since_wall_s),
+            problem=None if state.problem is None else safe(state.problem),
+            endpoints=tuple(state.endpoints),
+            hosts=None if state.hosts is None else tuple(state.hosts),
+        )
+
+
 class Host(WireModel):
     """This host."""
 
@@ -111,6 +140,7 @@ class Host(WireModel):
     """Whether the stream of guest memory is encrypted."""
     vms: int
     peers: tuple[Peer, ...]
+    arbiter: Arbiter
 
     @classmethod
     def of(cls, view: service.HostView) -> Self:
@@ -136,6 +166,7 @@ class Host(WireModel):
             tls=view.tls,
             vms=view.vms,
             peers=tuple(Peer.of(peer) for peer in view.peers),
+            arbiter=Arbiter.of(view.arbiter),
         )
 
 
@@ -339,7 +370,7 @@ class Event(WireModel):
     at: At
     kind: str
     """migration.phase, migration.round, migration.decision, vm.changed, vm.verdict_changed,
-    peer.changed,
+    peer.changed, arbiter.reachable, arbiter.unreachable,
     device.changed, iommu.changed, host.changed, events.lost; new kinds may come."""
     vm: str | None
     migration_id: str | None

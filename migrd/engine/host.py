@@ -6,6 +6,7 @@ from typing import Final
 
 import structlog
 
+from migrd.engine.arbiter_port import ArbiterState
 from migrd.engine.device_verdict import why_all_track
 from migrd.engine.devices import HostDevices
 from migrd.engine.memory import memory_available_bytes
@@ -66,6 +67,7 @@ class HostFacts:
             tls=options.tls is not None,
             vms=len(migrations.vms.all()),
             peers=tuple(self._peers[name] for name in sorted(self._peers)),
+            arbiter=self._world.arbiter.state,
         )
 
     def readiness(self, migrations: Migrations) -> Sequence[Check]:
@@ -76,10 +78,12 @@ class HostFacts:
             if "JournalFailing" in m.troubles and not m.state.is_terminal
         ]
         journal_ok = self.journal_error is None and not stuck
-        return (
+        checks = (
             Check("recovered", self.recovered, "journal replayed" if self.recovered else "not yet"),
             Check("journal", journal_ok, self.journal_error or "; ".join(stuck) or "writable"),
         )
+        arbiter = self._world.arbiter
+        return (*checks, _arbiter_check(arbiter.state)) if arbiter.is_present else checks
 
     async def watch(self) -> None:
         """Ask each peer, and the kernel for memory, every peer interval. Runs until cancelled."""
@@ -118,3 +122,9 @@ class HostFacts:
         if up is not before.up:
             self._world.stream.publish("peer.changed", {"peer": peer.name, "up": up})
             log.info("peer", peer=peer.name, up=up, cause=error)
+
+
+def _arbiter_check(state: ArbiterState) -> Check:
+    """Guests run on without it; a new migration would not begin."""
+    is_ok = state.is_reachable and state.problem is None
+    return Check("arbiter", is_ok, f"{state.kind}: {state.problem or 'answers'}")

@@ -22,6 +22,7 @@ from migrd.core.facts import Round, SpecDevice, VmFacts, VmSpec
 from migrd.core.migration import Cause, Mode, Policy, Refusal, Request
 from migrd.core.standing import StandingDecision
 from migrd.core.tracking import Migratability, Plan, Reason, TrackingPolicy
+from migrd.engine.arbiter_port import ArbiterState, NoArbiter
 from migrd.engine.rate_views import AskedRate, DirtyRatesView, HistoryView
 
 
@@ -187,6 +188,7 @@ class HostView:
     """What of this host's hardware could not be read."""
     tracking_policy: TrackingPolicy = TrackingPolicy.AUTO
     forbidden_tracking_policies: tuple[TrackingPolicy, ...] = ()
+    arbiter: ArbiterState = NoArbiter.state
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from migrd.cli.seen import Seen
 from migrd.cli.text import UNKNOWN, ago, brief_version, clock, size, word, yes_no
 
 MOST_TROUBLE: Final = 4
+MOST_HOSTS: Final = 10
 _TRACKS: Final = {"yes": "green", "no": "red", "unknown": "yellow"}
 _IOMMUS: Final = (
     Column("iommu"),
@@ -88,7 +89,25 @@ def _facts(seen: Seen) -> list[tuple[str, Cell]]:
         ("could not be read", "; ".join(seen.words("inventory_trouble")[:MOST_TROUBLE])),
         ("streams encrypted (TLS)", yes_no(seen.flag("tls"))),
         ("launch profiles", _profiles(seen)),
+        ("arbiter", _arbiter(seen.part("arbiter"))),
     ]
+
+
+def _arbiter(arbiter: Seen) -> Cell:
+    """Who says who may run a VM; nothing of it for a daemon that does not tell."""
+    kind = arbiter.text("kind", "")
+    if kind in ("", "journal"):
+        return "none: the journals of both hosts decide" if kind else ""
+    members = ", ".join(arbiter.words("endpoints"))
+    since = clock(arbiter.moment("since"))
+    if not arbiter.flag("reachable"):
+        why = arbiter.text("problem", "")
+        return Text(f"{kind} ({members}), not reachable since {since}: {why}", "bold red")
+    hosts = arbiter.words("hosts")
+    names = ", ".join(hosts[:MOST_HOSTS]) + (", ..." if len(hosts) > MOST_HOSTS else "")
+    told = f"{kind} ({members}), reachable since {since}; {len(hosts)} hosts: {names}"
+    problem = arbiter.text("problem", "")
+    return Text.assemble(told, (f"; {problem}", "bold red") if problem else "")
 
 
 def _all_track(seen: Seen) -> Text:
