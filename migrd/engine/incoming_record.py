@@ -19,6 +19,7 @@ from migrd.core.handover import (
     advance_destination,
 )
 from migrd.core.migration import Mode
+from migrd.engine.operator_words import OperatorWords
 from migrd.engine.ports import DestinationView, Peer, StoredIncoming, StoredVm, Vmm
 from migrd.engine.world import World
 from migrd.failpoints import reached
@@ -51,6 +52,7 @@ class IncomingRecord:
         self.postcopy_paused = False
         self.note: str | None = None
         """What keeps it from going on, in words."""
+        self.words = OperatorWords()
         self.arbiter_trouble: tuple[str, float] | None = None
         """(what, since wall_s) while the arbiter does not answer, and is asked."""
         self.on_running: Callable[[IncomingRecord], None] = lambda _: None
@@ -127,6 +129,7 @@ class IncomingRecord:
         for event in events:
             state = advance_destination(state, event)
             self.entered.append((state.phase, event.wall_s, event.monotonic_s))
+            self.words.saw_there(event)
         if events:
             self.entered[0] = (self.entered[0][0], self.entered[0][1], events[0].monotonic_s)
         if state.phase is DestinationPhase.RUNNING:
@@ -158,7 +161,8 @@ class IncomingRecord:
             self._unsaved += events
         else:
             await self._save(events, state)
-        for state in states:
+        for event, state in zip(events, states, strict=True):
+            self.words.saw_there(event)
             self._enter(state)
 
     async def _save(self, events: Sequence[DestinationEvent], after: DestinationState) -> None:

@@ -28,6 +28,7 @@ from migrd.engine.outgoing import Outgoing, Step
 from migrd.engine.ports import Peer, StoredIncoming, StoredRequest, Vmm
 from migrd.engine.precopy import run_precopy
 from migrd.engine.prepare import check_preflight, prepare_destination
+from migrd.engine.resolving import DestinationSide, Side, SourceSide, take_up
 from migrd.engine.rollback import roll_back
 from migrd.engine.switchover import (
     complete_switchover,
@@ -170,6 +171,7 @@ class Migrations:
             entry.epoch = max(entry.epoch, m.state.epoch)
         m.changed("migration.created")
         self._spawn(self._run_outgoing(m), f"outgoing-{m.id[:8]}")
+        self._spawn_word(SourceSide(m))
         self.start_pending()
 
     async def _run_outgoing(self, m: Outgoing) -> None:
@@ -241,6 +243,7 @@ class Migrations:
             entry.migration_id = i.id
             entry.epoch = max(entry.epoch, i.state.epoch)
         self._spawn(self._run_incoming(i), f"incoming-{i.id[:8]}")
+        self._spawn_word(DestinationSide(i))
 
     async def _launch_waiting(self, stored: StoredIncoming) -> Vmm:
         """A QEMU that waits for the guest, with the devices that were decided about. No rung lower:
@@ -314,6 +317,11 @@ class Migrations:
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         # A context of its own: log lines are the migration's, not those of whoever asked for it.
         self._group.create_task(_guarded(work, name), name=name, context=Context())
+
+    def _spawn_word(self, side: Side) -> None:
+        """An operator's word that an earlier daemon had not carried out."""
+        if side.words.pending is not None:
+            self._spawn(take_up(side), f"word-{side.id[:8]}")
 
     def _forget_old(self) -> None:
         """The newest of each VM stays: its other side may still ask how it ended."""

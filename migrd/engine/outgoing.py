@@ -13,7 +13,8 @@
     STARTED gives a slot, saved while preflight looks around: a replay gives one again;
     STEP_FAILED, CANCEL_REQUESTED, DESTINATION_REFUSED lead back to the source. A replay that misses
     them finds QEMU stopped or failed, or asks the destination, whose refusal is durable, and comes
-    to the same end. They are saved together with the next event.
+    to the same end. They are saved together with the next event. A person's word for the
+    destination's refusal is no such thing: it is durable before the guest runs again.
 - GRANT needs its record. When that cannot be written, the guest is taken back only after the
   destination has refused durably: the record might be on the disk after all. In postcopy QEMU takes
   no guest back: there the record is tried again until it is written.
@@ -233,7 +234,9 @@ class Outgoing(OutgoingRecord):
                 await self._saved()
                 self._saving = asyncio.create_task(self._save(event, act_first=True))
             else:
-                await self._save(event, act_first=event.trigger in ACT_FIRST)
+                may_act_first = event.trigger in ACT_FIRST and not event.by_operator
+                await self._save(event, act_first=may_act_first)
+            self.words.saw(event)
             self._enter(new)
 
     async def _saved(self) -> None:

@@ -17,6 +17,7 @@ from migrd.core.phases import Phase, Trigger
 from migrd.core.standing import StandingDecision, with_addresses
 from migrd.core.tracking import Migratability, Plan
 from migrd.engine.arbiter_port import Ownership
+from migrd.engine.operator_words import OperatorWords
 from migrd.engine.ownership import Proof
 from migrd.engine.ports import Peer, StoredRequest, Vmm
 from migrd.engine.world import World
@@ -55,6 +56,7 @@ class OutgoingRecord:
         self.estimate: Estimate | None = None
         self.troubles: dict[str, tuple[str, float]] = {}
         """Standing conditions: type -> (message, since wall_s)."""
+        self.words = OperatorWords()
         self.moved_at_s: float | None = None
         """Monotonic time at which bytes were last seen to move."""
         self.throttle_percent = 0

@@ -23,7 +23,8 @@ from migrd.engine.absent_peer import AbsentPeer
 from migrd.engine.boot import is_of_earlier_boot
 from migrd.engine.migrations import Migrations
 from migrd.engine.observations import as_decision, as_round
-from migrd.engine.ports import Replay, StoredVm, Vmm
+from migrd.engine.ports import Replay, StoredResolution, StoredVm, Vmm
+from migrd.engine.service import Role
 from migrd.engine.vms import Entry
 from migrd.errors import JournalError, MigrdError
 
@@ -55,6 +56,9 @@ class _Recovery:
         self._replay = replay
         self._by_instance = {vmm.instance: vmm for vmm in found}
         self._left = {vmm.instance: vmm for vmm in found}
+        self._words: dict[tuple[str, str], list[StoredResolution]] = {}
+        for word in replay.resolutions:
+            self._words.setdefault((word.role, word.migration_id), []).append(word)
 
     async def run(self) -> None:
         for stored in self._replay.vms:
@@ -91,6 +95,7 @@ class _Recovery:
             state = fold_destination(DestinationState(stored.id, stored.epoch), events)
             self._migrations.vms.note_epoch(stored.spec.name, stored.epoch)
             i = self._migrations.add_incoming(stored, state, self._world.peers.get(stored.source))
+            i.words.restore(self._words.get((Role.DESTINATION, stored.id), ()))
             i.restore(events)
             if i.is_over and i.state.phase is DestinationPhase.REFUSED:
                 i.vmm = self._left.pop(stored.instance, None)
@@ -125,6 +130,9 @@ class _Recovery:
             destination = stored.request.destination.lower()
             peer = self._world.peers.get(destination) or AbsentPeer(destination)
             m = self._migrations.add_outgoing(stored, state, vmm or AbsentVmm(vm, ""), peer)
+            m.words.restore(self._words.get((Role.SOURCE, stored.id), ()))
+            for event in events:
+                m.words.saw(event)
             if state.is_terminal:
                 continue
             await self._restore_observations(stored.id)

@@ -12,26 +12,25 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import structlog
 
 from migrd.core.admission import Admission, admit_cancel, admit_policy, admit_switchover
 from migrd.core.convergence import Decision
 from migrd.core.facts import Round, SpecDevice, VmSpec
-from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Cause, Policy, Refusal, Request, begin
 from migrd.core.phases import Phase, Trigger
 from migrd.engine import views
 from migrd.engine.foresight import foresee
 from migrd.engine.host import HostFacts
-from migrd.engine.incoming import Incoming
 from migrd.engine.lifecycle import Lifecycle
 from migrd.engine.migrations import QUEUE_LIMIT, Migrations
 from migrd.engine.observations import as_decision, as_round
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ports import Peer, StoredRequest, Vmm
 from migrd.engine.rate_views import AskedRate, DirtyRatesView, HistoryView
+from migrd.engine.resolving import DestinationSide, Side, SourceSide, resolve
 from migrd.engine.sampler import Sampler
 from migrd.engine.service import (
     Answer,
@@ -51,14 +50,6 @@ from migrd.engine.what_if import WhatIfs
 from migrd.errors import Conflict, Invalid, NotFound, Unavailable, Violation
 
 log = structlog.get_logger(__name__)
-
-
-RESOLVED: Final = {
-    Resolution.DESTINATION_FENCED: Trigger.DESTINATION_REFUSED,
-    Resolution.DESTINATION_RUNS: Trigger.DESTINATION_RAN,
-    Resolution.USE_DESTINATION_COPY: Trigger.TRANSFER_COMPLETED,
-    Resolution.GUEST_LOST: Trigger.GUEST_DIED,
-}
 
 
 class Registry:
@@ -343,37 +334,14 @@ class Registry:
         self, migration_id: str, resolution: Resolution, *, evidence: str, by: str
     ) -> Answer:
         i = self._migrations.incoming.get(migration_id)
+        side: Side
         if i is not None:
-            return self._resolve_there(i, resolution, f"{by} says {resolution.value}: {evidence}")
-        m = self._outgoing_only(migration_id)
-        if m.state.phase is not Phase.NEEDS_OPERATOR:
-            return self._answer(m, Admission.DENIED, "not_needs_operator")
-        trigger = RESOLVED[resolution]
-        if resolution is Resolution.USE_DESTINATION_COPY:
-            if m.state.granted or not m.vmm.is_dead:
-                return self._answer(m, Admission.DENIED, "source_not_dead")
-        elif trigger is not Trigger.GUEST_DIED and not m.state.granted:
-            return self._answer(m, Admission.DENIED, "not_granted")
-        m.log.warning("resolved by an operator", resolution=resolution, by=by, evidence=evidence)
-        said = Cause(f"operator_{resolution.value}", f"{by} says {resolution.value}: {evidence}")
-        dead = resolution is Resolution.USE_DESTINATION_COPY
-        self._hand_over(m, m.event(trigger, cause=said, source_died=dead, by_operator=True))
-        return self._answer(m, Admission.QUEUED, "resolved")
-
-    def _resolve_there(self, i: Incoming, resolution: Resolution, said: str) -> Answer:
-        """The destination holds a whole copy, and its source is silent for good."""
-        view = views.of_incoming(i)
-        message = f"migration {i.id} is {i.state.phase.value} here"
-        if i.state.phase is not DestinationPhase.LOADED or i.note is None:
-            return Answer(Admission.DENIED, "not_needs_operator", message, view)
-        if resolution is Resolution.USE_DESTINATION_COPY:
-            i.grant(run_guest=True)
-        elif resolution is Resolution.GUEST_LOST:
-            i.want_refusal(said)
+            side = DestinationSide(i)
         else:
-            return Answer(Admission.DENIED, "not_the_source", message, view)
-        i.log.warning("resolved by an operator", said=said)
-        return Answer(Admission.QUEUED, "resolved", message, view)
+            side = SourceSide(self._migrations.require_outgoing(migration_id))
+        judged = await resolve(side, resolution, evidence=evidence, by=by)
+        view = self.migration(migration_id)
+        return Answer(judged.admission, judged.reason, judged.message, view)
 
     def _outgoing_only(self, migration_id: str) -> Outgoing:
         i = self._migrations.incoming.get(migration_id)
