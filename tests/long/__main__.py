@@ -32,7 +32,7 @@ from tests.long.judging import (
     restarts_within,
     start_anew,
 )
-from tests.long.schedule import Schedule, from_seed
+from tests.long.schedule import EVERY, Schedule, every_failpoint, from_seed
 from tests.setup import debian
 
 ONE_S = 400.0
@@ -87,8 +87,10 @@ async def fought(two: Field, schedule: Schedule) -> Result:
             await migrates_again(two)
             await forget_what_was_heard(two)
     except Violation as exc:
+        await fight.end()
         result.violation, result.message = exc.kind, str(exc)
     except Exception as exc:
+        await fight.end()
         result.violation, result.message = "broke", f"{type(exc).__name__}: {exc!r}"
     result.deaths = len(two.deaths)
     result.struck, result.took_s = fight.struck, round(time.monotonic() - began_s, 2)
@@ -182,6 +184,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.long", description=__doc__)
     parser.add_argument("--migrations", type=int, default=300)
     parser.add_argument("--seed-from", type=int, default=1)
+    parser.add_argument("--every-failpoint", action="store_true", help="each of them by name")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--restarts", type=int, default=0, help="fail below so many")
     parser.add_argument("--results", type=Path, help="append to this file, one JSON a line")
@@ -190,7 +193,10 @@ def main() -> int:
     if options.sum:
         lines = [line for path in options.sum for line in path.read_text().splitlines()]
         return summary([json.loads(line) for line in lines])
-    seeds = iter(range(options.seed_from, options.seed_from + options.migrations))
+    first, count = options.seed_from, options.migrations
+    if options.every_failpoint:
+        first, count = EVERY, len(every_failpoint())
+    seeds = iter(range(first, first + count))
     until_s = time.monotonic() + options.seconds
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # daemons and QEMUs end with us
     results = asyncio.run(run(seeds, until_s, options.results))

@@ -23,11 +23,9 @@ SLOW_BYTES_PER_S = 1 << 20
 SLOW: dict[str, Json] = {"max_bandwidth_bytes_per_s": SLOW_BYTES_PER_S, "deadline_s": 300}
 FAST: dict[str, Json] = {"max_bandwidth_bytes_per_s": 0}
 PATIENT: dict[str, Json] = {"downtime_limit_ms": 20_000, "deadline_s": 300}
-POLICIES: dict[str, dict[str, Json]] = {
-    "quick": {"deadline_s": 300},
-    "slow": SLOW,
-    "stopped": PATIENT,
-}
+QUICK: dict[str, Json] = {"deadline_s": 300}
+POSTCOPY: dict[str, Json] = {**SLOW, "when_not_converging": "postcopy"}
+POLICIES = {"quick": QUICK, "slow": SLOW, "stopped": PATIENT, "postcopy": POSTCOPY}
 ROAD_S = 0.015
 """What each 64 KiB takes on a slow road: all of the guest some two seconds."""
 PHASE_S = 15.0
@@ -49,11 +47,12 @@ class Fight:
     phase: str | None = None
     seen: set[str] = field(default_factory=set)
     killed: dict[int, str] = field(default_factory=dict)
-    """QEMUs that were killed -> the phase at that moment, as last seen."""
+    """QEMUs that were killed -> their host."""
     struck: list[str] = field(default_factory=list)
     began_wall_s: float = field(default_factory=time.time)
     _known: set[str] = field(default_factory=set)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def host(self, side: str) -> str:
         return self.source if side == "source" else self.destination
@@ -79,25 +78,52 @@ class Fight:
             two.streams[self.destination].to_target.delay_s = ROAD_S
         if not has_storm:
             await self._arm(points)
-        async with asyncio.TaskGroup() as group:
-            looking = group.create_task(self._look())
-            await self._ask()
-            waking = [group.create_task(self._wake(b)) for b in points if b.what == "stopped_at"]
-            await self._strike_all(timed)
-            if has_storm:
-                await self._arm(points)
-            if points:
-                if all(blow.what != "cancel" for blow in blows):
-                    await self.hurry()
-                await self._over_within(STRUCK_S)
-            for task in (looking, *waking):
-                task.cancel()
+        self._tasks.append(asyncio.create_task(self._look()))
+        standing = (blow for blow in points if blow.what == "stopped_at")
+        self._tasks += [asyncio.create_task(self._wake(blow)) for blow in standing]
+        for blow in (blow for blow in timed if blow.what == "absent"):
+            await self._kill(blow)
+        await self._ask()
+        await self._strike_all(timed)
+        if has_storm:
+            await self._arm(points)
+        if points:
+            if all(blow.what != "cancel" for blow in blows):
+                await self.hurry()
+            await self._over_within(STRUCK_S)
         await self._calm()
+
+    async def end(self) -> None:
+        """Nothing of it is left: no task, no failpoint."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        two = self.two
+        two.away_s.clear()
+        two.armed_next.clear()
+        for name in NAMES:
+            two.daemon(name).send_signal(signal.SIGCONT)
+        await two.ready()
+        for name in NAMES:
+            await two.arm(name, "")
+        await two.ready()
+
+    def was_struck_at(self, blow: Blow) -> bool:
+        """Has a daemon come to this failpoint?"""
+        if blow.what == "stopped_at":
+            return f"{blow.point} stood" in self.struck
+        return any(death.host == self.host(blow.side) for death in self.two.deaths)
 
     async def _ask(self) -> None:
         policy = POLICIES[self.schedule.pace]
         with contextlib.suppress(CommandError):
-            self.id = await self.two.migrate(self.source, self.destination, policy=policy)
+            self.id = await self.two.migrate(
+                self.source,
+                self.destination,
+                policy=policy,
+                allow_postcopy=self.schedule.pace == "postcopy",
+            )
 
     async def listed(self, host: str) -> list[dict[str, Any]]:
         """Migrations away from a host, as it tells."""
@@ -143,18 +169,10 @@ class Fight:
                 await self._over.wait()
 
     async def _calm(self) -> None:
-        two = self.two
-        two.calm()
-        two.away_s.clear()
-        two.armed_next.clear()
-        for pid in await two.qemus():
+        self.two.calm()
+        self.two.away_s.clear()
+        for pid in await self.two.qemus():
             _signal(pid, signal.SIGCONT)
-        for name in NAMES:
-            two.daemon(name).send_signal(signal.SIGCONT)
-        await two.ready()
-        for name in NAMES:
-            await two.arm(name, "")
-        await two.ready()
 
     # Failpoints -------------------------------------------------------------------------------
 
@@ -166,9 +184,10 @@ class Fight:
             await self.two.ready(name)
             first, *others = [f"{blow.point}={_ACTION[blow.what]}" for blow in mine]
             self.two.away_s[name] = mine[0].for_s if mine[0].what == "killed_at" else 0.0
-            if others:
+            if others and mine[0].what == "killed_at":
                 self.two.armed_next[name] = others[0]
-            await self.two.arm(name, first)
+                others = []
+            await self.two.arm(name, ",".join((first, *others)))
 
     async def _wake(self, blow: Blow) -> None:
         """A daemon that stopped itself at a failpoint goes on after its time."""
@@ -211,6 +230,13 @@ class Fight:
                 await daemon.wait()
         await self.two.ready()
 
+    async def _absent(self, _: Blow) -> None:
+        """It was killed before anybody asked."""
+
+    async def _force(self, _: Blow) -> None:
+        with contextlib.suppress(CommandError):
+            await self.two.call(self.source, "POST", f"/v1/migrations/{self.id}:switchover")
+
     async def _kill(self, blow: Blow) -> None:
         for host in self.hosts(blow.side):
             self.two.away_s[host] = blow.for_s
@@ -218,7 +244,7 @@ class Fight:
 
     async def _qemu_dies(self, blow: Blow) -> None:
         for pid in await self.two.qemus(self.host(blow.side)):
-            self.killed[pid] = str(self.phase)
+            self.killed[pid] = self.host(blow.side)
             _signal(pid, signal.SIGKILL)
 
     async def _qemu_stands(self, blow: Blow) -> None:

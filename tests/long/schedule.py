@@ -5,6 +5,10 @@
     pace   quick     nothing limits it: over within a second
            slow      precopy goes on until the faults are over
            stopped   all of the guest is left for the switchover, on a slow road
+           postcopy  it does not converge, and the guest moves first
+
+Seeds from EVERY on are no random ones: each failpoint by its name, killed and stopped at, with what
+it takes to come to it (`test_long` checks that none is left out).
 
 A blow is struck so long after the request, or after a phase was seen, or at a failpoint.
 """
@@ -15,6 +19,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+EVERY = 1_000_000
 GROUP = 20
 """Seeds that share a guest, two daemons and a version of QEMU."""
 SMALL_DISK_OF = 5
@@ -49,6 +54,7 @@ ON_THE_WAY: Sequence[str] = (
 """Failpoints of a migration that succeeds."""
 ON_THE_WAY_BACK: Sequence[str] = (
     "source.cancel_requested.deciding",
+    "source.cancel_requested.journalled",
     "source.cancel_completed.deciding",
     "source.cancel_completed.journalled",
     "source.discard.deciding",
@@ -114,6 +120,8 @@ def _said(blow: Blow) -> str:
 
 def from_seed(seed: int) -> Schedule:
     """The same schedule for the same number, always."""
+    if seed >= EVERY:
+        return Schedule(seed, *every_failpoint()[seed - EVERY])
     random_ = random.Random(seed)
     kinds = dict(_KINDS)
     if Schedule(seed, "", ()).has_small_disks:
@@ -236,3 +244,64 @@ _KINDS: Mapping[Callable[[random.Random], Made], int] = {
     _link: 8,
     _operator: 4,
 }
+
+
+# Each failpoint ----------------------------------------------------------------------------------
+
+_IN_PRECOPY = "precopy"
+_LED_TO: Mapping[str, tuple[str, tuple[Blow, ...]]] = {
+    "source.step_failed": ("slow", (Blow("stream_cut", after=_IN_PRECOPY, at_s=0.3),)),
+    "source.source_kept": ("slow", (Blow("stream_cut", after=_IN_PRECOPY, at_s=0.3),)),
+    "source.guest_died": ("slow", (Blow("qemu_dies", "source", after=_IN_PRECOPY, at_s=0.3),)),
+    "source.policy_changed": ("slow", ()),
+    "source.switchover_forced": ("slow", (Blow("force", after=_IN_PRECOPY, at_s=0.3),)),
+    "source.postcopy_chosen": ("postcopy", ()),
+    "source.preflight_refused": ("quick", (Blow("absent", "destination", for_s=1.0),)),
+    "source.outcome_unknown": (
+        "quick",
+        (Blow("stopped_at", "destination", for_s=5.0, point="destination.guest_ran.deciding"),),
+    ),
+    **dict.fromkeys(
+        ("source.destination_refused", "source.resume"),
+        (
+            "quick",
+            (
+                Blow(
+                    "killed_at",
+                    "destination",
+                    for_s=1.0,
+                    point="destination.grant_received.deciding",
+                ),
+                Blow("qemu_dies", "destination", after="granted", at_s=0.2),
+            ),
+        ),
+    ),
+    "destination.taken_back": (
+        "quick",
+        (
+            Blow("stopped_at", "destination", for_s=1.5, point="destination.cont.deciding"),
+            Blow("qemu_dies", "destination", after="granted", at_s=0.5),
+        ),
+    ),
+}
+"""Events and acts off the plain way -> pace, and what leads to them."""
+
+
+def every_failpoint() -> list[tuple[str, tuple[Blow, ...]]]:
+    """Each point, killed at and stopped at; the blow at the point is the last one."""
+    found: list[tuple[str, tuple[Blow, ...]]] = []
+    for what in ("killed_at", "stopped_at"):
+        found += [("quick", (_strike_at(what, point),)) for point in ON_THE_WAY]
+        cancel = Blow("cancel", after=_IN_PRECOPY, at_s=0.2)
+        found += [("slow", (cancel, _strike_at(what, point))) for point in ON_THE_WAY_BACK]
+        for event, (pace, blows) in _LED_TO.items():
+            moments = ("deciding", "done") if event == "source.resume" else _MOMENTS
+            found += [(pace, (*blows, _strike_at(what, f"{event}.{m}"))) for m in moments]
+    return found
+
+
+_MOMENTS = ("deciding", "journalled")
+
+
+def _strike_at(what: str, point: str) -> Blow:
+    return Blow(what, point.split(".")[0], for_s=0.3, point=point)

@@ -1,0 +1,40 @@
+"""The long run itself: a seed is one schedule, every failpoint is among them, and it sees what it
+is there to see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from migrd import failpoints
+from tests.long.ground import Ground
+from tests.long.schedule import EVERY, every_failpoint, from_seed
+
+FOUND: list[tuple[str, str]] = []
+"""What long runs have found in the product -> the command that shows it."""
+OF_THE_ARBITER = ("source.assign.", "source.take_back.", "destination.mark_started.")
+"""Acts that two hosts without an arbiter never come to."""
+
+
+def test_a_seed_is_one_schedule() -> None:
+    schedules = [from_seed(seed) for seed in range(300)]
+    assert schedules == [from_seed(seed) for seed in range(300)]
+    assert len(set(map(str, schedules))) > 290
+
+
+def test_every_failpoint_is_killed_and_stopped_at_by_name() -> None:
+    aimed_at = {(blows[-1].what, blows[-1].point) for _, blows in every_failpoint()}
+    wanted = [point for point in failpoints.POINTS if not point.startswith(OF_THE_ARBITER)]
+    assert aimed_at == {(what, point) for what in ("killed_at", "stopped_at") for point in wanted}
+    assert from_seed(EVERY).blows == every_failpoint()[0][1]
+
+
+def test_an_older_qemu_that_runs_after_a_younger_one_is_a_double_run() -> None:
+    ground = Ground(Path("/nowhere"))
+    ground.saw(1, "running", 0.0, 0.1)
+    ground.saw(2, "paused", 0.2, 0.3)
+    ground.saw(2, "running", 1.0, 1.1)
+    ground.saw(1, "running", 0.9, 1.2)  # asked before the younger one was seen: proves nothing
+    assert not ground.violations
+    ground.saw(1, "running", 1.3, 1.4)
+    assert ground.violations
+    assert ground.runs == 2
