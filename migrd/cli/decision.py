@@ -47,6 +47,14 @@ def headline(vm: str, decision: Seen, host: str = "") -> Text:
     return line
 
 
+def change_line(change: Seen) -> str:
+    """A verdict that is another one (`vm.verdict_changed`): which, and why."""
+    why = [one.text("message") for one in change.parts("appeared")]
+    why += [f"no more: {one.text('message')}" for one in change.parts("disappeared")]
+    said = f"was {word(change.text('before'))}, is {word(change.text('after'))}"
+    return f"{said}: {'; '.join(why)}" if why else said
+
+
 def _how_long(decision: Seen) -> str:
     stands_s = decision.seconds("expected_blackout")
     return "for a time that is not known" if stands_s is None else f"for {span(stands_s)}"

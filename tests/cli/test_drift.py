@@ -16,7 +16,8 @@ from migrd.core.phases import Phase
 from migrd.engine.service import Resolution
 
 READS = {"raw", "text", "number", "whole", "flag", "part", "parts", "words", "pairs", "moment"}
-NOT_OURS = {"cure", "refusals", "round", "decision"}
+CHANGE = {"before", "after", "appeared", "disappeared"}
+NOT_OURS = {"cure", "refusals", "round", "decision"} | CHANGE
 """Of problems that are not migrd's own, and of the bodies of events, which are open by design."""
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 
+from migrd.cli.decision import change_line
 from migrd.cli.exits import Exit
+from migrd.cli.seen import Seen
 from tests.cli.conftest import PROGRAM, Run, parsed
 from tests.cli.scripted_daemon import Daemon
 from tests.cli.terminal import Terminal
@@ -138,3 +140,11 @@ def test_on_a_terminal_of_80_columns_nothing_is_cut_off(daemon: Daemon) -> None:
     assert all(len(line) <= 80 for line in lines)
     assert "…" not in terminal.text
     assert any("iommu no dirty tracking" in line for line in lines)
+
+
+def test_a_verdict_that_has_changed_is_told_in_a_sentence() -> None:
+    reason = {"code": "iommu_no_dirty_tracking", "device": "nic0", "message": "nic0: cannot track"}
+    lower = {"before": "live", "after": "stop_and_copy", "appeared": [reason], "disappeared": []}
+    assert change_line(Seen(lower)) == "was live, is stop and copy: nic0: cannot track"
+    higher = {"before": "stop_and_copy", "after": "live", "disappeared": [reason, 7]}
+    assert change_line(Seen(higher)).endswith("is live: no more: nic0: cannot track")

@@ -8,6 +8,7 @@ import click
 from rich.text import Text
 
 from migrd.cli import story
+from migrd.cli.decision import change_line
 from migrd.cli.exits import Exit
 from migrd.cli.running import Session, remote
 from migrd.cli.seen import Seen
@@ -113,7 +114,9 @@ def _line(event: Event) -> Text:
 
 
 def _told(body: Seen) -> str:
-    """The figures of an event: rounds and decisions as sentences, the rest as key=value."""
+    """The figures of an event: rounds, decisions, verdicts as sentences, the rest as key=value."""
+    if body.raw("before") and body.raw("after"):
+        return change_line(body)
     if round_ := body.part("round"):
         return story.round_line(round_)
     if decision := body.part("decision"):
