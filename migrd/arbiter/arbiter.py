@@ -35,7 +35,7 @@ AGAIN_S: Final = 1.0
 """Between two looks while it is not reachable."""
 _TLS_RELOAD_S: Final = 60.0
 _LEAVE_S: Final = 1.0
-_CURE: Final = "look at it with: etcdctl endpoint health; and at this host's: migrd doctor"
+_CURE: Final = "look at it with etcdctl endpoint health, and from this host with migrd doctor"
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class EtcdArbiter(Ownerships):
             async with asyncio.timeout(self._options.within_s):
                 await self._roster.look()
         except (ArbiterUnavailable, TimeoutError):
-            problem = f"{self._gateway.words()}; {_CURE}"
+            problem = f"no usable answer: {self._gateway.words()}; {_CURE}"
         self._seen(problem)
 
     def _seen(self, problem: str | None) -> None:
@@ -137,7 +137,7 @@ class EtcdArbiter(Ownerships):
             endpoints=self._options.endpoints,
             hosts=self._roster.hosts if is_reachable else None,
         )
-        if problem != before.problem:
+        if is_new or (is_reachable and problem != before.problem):
             self._log(problem)
         if self._on_look is not None:
             self._on_look(self._state)

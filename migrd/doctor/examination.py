@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from migrd.config import DEFAULT_PATH, Settings, load
-from migrd.doctor import direct, kernel, network, passthrough, sampling, software, storage
+from migrd.doctor import arbiter, direct, kernel, network, passthrough, sampling, software, storage
 from migrd.doctor.finding import Check, Finding, fail, ok, run_check
 from migrd.engine.threads import in_thread
 from migrd.errors import ConfigError
@@ -46,6 +46,7 @@ def _checks(settings: Settings) -> list[Check]:
         *software.checks(settings),
         *storage.checks(settings),
         *network.checks(settings),
+        *arbiter.checks(settings),
         *kernel.checks(settings),
         *passthrough.checks(settings),
         *sampling.checks(settings),

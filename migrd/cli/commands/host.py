@@ -105,7 +105,7 @@ def _arbiter(arbiter: Seen) -> Cell:
         return Text(f"{kind} ({members}), not reachable since {since}: {why}", "bold red")
     hosts = arbiter.words("hosts")
     names = ", ".join(hosts[:MOST_HOSTS]) + (", ..." if len(hosts) > MOST_HOSTS else "")
-    told = f"{kind} ({members}), reachable since {since}; {len(hosts)} hosts: {names}"
+    told = f"{kind} ({members}), reachable since {since}; hosts there ({len(hosts)}): {names}"
     problem = arbiter.text("problem", "")
     return Text.assemble(told, (f"; {problem}", "bold red") if problem else "")
 
