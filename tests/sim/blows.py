@@ -11,6 +11,7 @@ from tests.fakes.gate import Fault
 from tests.fakes.qemu_process import FakeQemu
 from tests.fakes.road import Loss
 from tests.fakes.world import VM, Pair
+from tests.sim.arbiter_blows import Arbiter
 from tests.sim.schedule import Blow, Lost, Struck, Timed
 from tests.sweep.sweeping import UNCOUNTED, strikes
 
@@ -62,8 +63,9 @@ class Messages:
 class Trouble:
     """Everything that happens at a moment of time."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, arbiter: Arbiter | None = None) -> None:
         self._pair = pair
+        self.arbiter = arbiter
         self.died: list[str] = []
         """QEMUs that were killed while they held a whole copy of the guest, or what one lacked."""
         self.ended_itself = False

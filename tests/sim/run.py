@@ -25,6 +25,7 @@ from tests.engine.passthrough import DISK, NIC, NIC2, nic
 from tests.engine.passthrough import hardware as hardware_with
 from tests.fakes.virtual_time import now_s, until
 from tests.fakes.world import VM, Pair
+from tests.sim.arbiter_blows import Arbiter
 from tests.sim.blows import Calls, Messages, Trouble
 from tests.sim.loop import SimLoop
 from tests.sim.schedule import HOSTS, Schedule, Timed
@@ -86,7 +87,8 @@ def play(schedule: Schedule) -> Ended:
 
 async def _play(schedule: Schedule, ended: Ended) -> None:
     tempo = schedule.tempo
-    pair = Pair(**tempo.options)
+    arbiter = Arbiter.of(schedule.arbiter)
+    pair = Pair(arbiter=None if arbiter is None else arbiter.store, **tempo.options)
     names = Names(schedule.seed)
     for module, name, value in tempo.constants:
         pair.replace(module, name, value)
@@ -105,9 +107,12 @@ async def _play(schedule: Schedule, ended: Ended) -> None:
         before = BEFORE.get(schedule.script)
         if before is not None:
             await before(pair)
-        trouble = Trouble(pair)
+        trouble = Trouble(pair, arbiter)
         known = {view.id for view in pair.alpha.service.migrations()[1]}
         pair.road.faults = messages
+        if arbiter is not None:
+            arbiter.arm(pair)
+            trouble.undo.append(arbiter.heal)
         for each in calls.values():
             each.is_armed = True
         keeper = asyncio.create_task(_keep_alive(pair, calls))
@@ -121,6 +126,7 @@ async def _play(schedule: Schedule, ended: Ended) -> None:
                 *(f"{host}: {what}" for host in HOSTS for what in calls[host].struck),
                 *messages.struck,
                 *trouble.struck,
+                *([] if arbiter is None else arbiter.struck),
             ]
 
 
@@ -134,6 +140,8 @@ async def _under_fire(
 ) -> None:
     timed = [blow for blow in schedule.blows if isinstance(blow, Timed)]
     blows = [asyncio.create_task(trouble.strike(blow)) for blow in timed]
+    if trouble.arbiter is not None:
+        blows += [asyncio.create_task(strike) for strike in trouble.arbiter.strikes()]
     calm = asyncio.create_task(_calm(pair, schedule.tempo, calls, trouble, blows))
     try:
         ids = await _asked(pair, schedule, known)
@@ -243,6 +251,8 @@ async def _say_the_truth(pair: Pair, id_: str, host: str, trouble: Trouble) -> s
     """A person looks at both hosts. Nobody is called unless a process that mattered has died."""
     view = pair.view(id_, host)
     assert trouble.died, f"a person is called for, and nothing has died: {view.cause}"
+    if trouble.arbiter is not None:
+        trouble.arbiter.check_person(pair, id_, host)
     other = "beta" if host == "alpha" else "alpha"
     guest, there = pair.guest(), pair.hosts[other].living(VM)
     here = pair.hosts[host].living(VM)
@@ -282,3 +292,5 @@ async def _check(pair: Pair, schedule: Schedule, trouble: Trouble, ended: Ended)
     pair.check_truth()
     if not schedule.seed % schedule.tempo.again_each:
         await pair.migrates_again(times=1)
+        if trouble.arbiter is not None:
+            await trouble.arbiter.check(pair)

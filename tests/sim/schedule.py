@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.fakes.road import Loss
+from tests.sim.arbiter_blows import FIRST_ARBITRATED, ArbiterBlows, arbiter_blows
 from tests.sim.tempo import BRISK, SHIPPED, SHIPPED_EACH, Tempo
 from tests.sweep import scripts
 from tests.sweep.sweeping import Script
@@ -91,10 +92,13 @@ class Schedule:
     script: Script
     blows: tuple[Blow, ...]
     tempo: Tempo = SHIPPED
+    arbiter: ArbiterBlows | None = None
+    """With an arbiter, and what happens to it."""
 
     def __str__(self) -> str:
         first = f"seed {self.seed}: {self.script.__name__} ({self.tempo.name})"
-        return "\n  ".join((first, *map(str, self.blows)))
+        more = () if self.arbiter is None else (*self.arbiter.requests, *self.arbiter.timed)
+        return "\n  ".join((first, *map(str, self.blows), *map(str, more)))
 
 
 def from_seed(seed: int, most: int = MOST) -> Schedule:
@@ -103,7 +107,10 @@ def from_seed(seed: int, most: int = MOST) -> Schedule:
     script = random_.choice(SCRIPTS)
     count = random_.randint(1, most)
     tempo = BRISK if random_.randrange(SHIPPED_EACH) else SHIPPED
-    return Schedule(seed, script, tuple(_blow(random_, tempo) for _ in range(count)), tempo)
+    blows = tuple(_blow(random_, tempo) for _ in range(count))
+    if seed < FIRST_ARBITRATED:
+        return Schedule(seed, script, blows, tempo)
+    return Schedule(seed, script, blows, tempo, arbiter_blows(random_, tempo.lasts_s))
 
 
 def _blow(random_: random.Random, tempo: Tempo) -> Blow:
