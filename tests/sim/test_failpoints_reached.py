@@ -1,7 +1,7 @@
 """Each failpoint is reached: a name that nothing comes to would make a test wait for ever.
 
 A new point needs a scenario here that comes to it: a coroutine over a Pair whose guest runs on
-alpha, in SCENARIOS.
+alpha, in SCENARIOS or in ARBITRATED.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from migrd.core.facts import QemuStatus
 from migrd.core.migration import Policy
 from migrd.core.phases import Phase
 from migrd.engine.service import Resolution
+from tests.fakes.arbiter import FakeArbiterStore
 from tests.fakes.road import Loss
 from tests.fakes.virtual_time import VirtualTimeLoop, until
 from tests.fakes.wire import MIB
@@ -101,6 +102,23 @@ async def given_back_by_a_person(pair: Pair) -> None:
     await pair.settle()
 
 
+async def never_started(pair: Pair) -> None:
+    """The destination's host died: what the arbiter has written for it is taken back."""
+
+    def no_grant(caller: str, callee: str, call: str) -> Loss | None:
+        return Loss.UNREACHABLE if call == "grant" else None
+
+    pair.road.faults = no_grant
+    migration_id = await pair.ask()
+    await pair.until_phase(migration_id, Phase.GRANTED)
+    await pair.kill("beta")
+    for qemu in pair.hosts["beta"].living(VM):
+        qemu.die("power off")
+    assert (await pair.until_over(migration_id)).phase == Phase.ROLLED_BACK
+    pair.road.heal()
+    await pair.start("beta")
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     scripts.plain,
     scripts.postcopy,
@@ -112,10 +130,12 @@ SCENARIOS: tuple[Scenario, ...] = (
     refused_after_the_grant,
     given_back_by_a_person,
 )
+ARBITRATED: tuple[Scenario, ...] = (scripts.plain, never_started)
+"""Played where an arbiter has the word."""
 
 
-async def _played(scenario: Scenario) -> None:
-    async with Pair() as pair:
+async def _played(scenario: Scenario, arbiter: FakeArbiterStore | None) -> None:
+    async with Pair(arbiter=arbiter) as pair:
         await pair.boot()
         ended = await scenario(pair)
         if isinstance(ended, str):
@@ -123,17 +143,18 @@ async def _played(scenario: Scenario) -> None:
         await pair.settle()
 
 
-def reached_by(*played: Scenario) -> set[str]:
+def reached_by(*played: Scenario, arbitrated: bool = False) -> set[str]:
     reached: set[str] = set()
     with failpoints.observing(reached.add):
         for scenario in played:
+            arbiter = FakeArbiterStore() if arbitrated else None
             with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-                runner.run(_played(scenario))
+                runner.run(_played(scenario, arbiter))
     return reached
 
 
 def test_every_failpoint_is_reached_and_none_is_without_a_name() -> None:
-    reached = reached_by(*SCENARIOS)
+    reached = reached_by(*SCENARIOS) | reached_by(*ARBITRATED, arbitrated=True)
     assert reached == failpoints.POINTS, (
         f"never reached: {sorted(failpoints.POINTS - reached)}; "
         f"without a name: {sorted(reached - failpoints.POINTS)}"
