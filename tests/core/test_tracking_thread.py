@@ -1,5 +1,5 @@
 """The ten points of the thread that the project started from (May 2022), each as a test of the
-decision; where the real kernel can show one, the lab does so as well.
+decision. The lab shows them on the real kernel, under the same names (tests/lab/guest/e2e).
 
 A live migration may never happen in a VM's life: how does user space know, when it creates an I/O
 page table, that it should ask for dirty tracking?
@@ -7,8 +7,11 @@ page table, that it should ask for dirty tracking?
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from errno import EINVAL, EOPNOTSUPP
+from pathlib import Path
 
 from migrd.core.attach_ladder import LadderAction, step
 from migrd.core.devices import (
@@ -160,3 +163,16 @@ def test_t10_other_capabilities_may_follow() -> None:
     assert codes(found.reasons) == {"unknown_bits"}
     old = plan(device("a", Capability.unknown(Unknown.KERNEL_TOO_OLD), iommu="y"))
     assert "kernel_too_old" in codes(old.limits)
+
+
+def rows_named_in(files: Iterable[Path]) -> set[int]:
+    """Of test_t1_..., test_t1_t6_...: the numbers."""
+    names = re.findall(r"def test_((?:t\d+_)+)", "".join(file.read_text() for file in files))
+    return {int(row) for name in names for row in re.findall(r"\d+", name)}
+
+
+def test_every_row_has_a_test_of_its_name_here_and_on_the_real_kernel() -> None:
+    rows = set(range(1, 11))
+    assert rows_named_in([Path(__file__)]) == rows
+    guest = Path(__file__).parents[1] / "lab" / "guest"
+    assert rows_named_in(guest.glob("*/test_*.py")) == rows
