@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from migrd import failpoints
 from migrd.cli.client import Reply, path
 from migrd.cli.exits import CommandError
 from migrd.cli.seen import Json
@@ -63,6 +64,8 @@ class Fleet:
     namespaces: Mapping[str, str] = field(default_factory=dict)
     """Host -> network namespace in which its daemon, and so its QEMUs, live."""
     taps: list[SerialTap] = field(default_factory=list)
+    armed: dict[str, str] = field(default_factory=dict)
+    """Host -> failpoints (migrd.failpoints) that its next daemon is started with."""
     _listening: dict[Path, asyncio.Task[None]] = field(default_factory=dict)
 
     # Asking -----------------------------------------------------------------------------------
@@ -243,7 +246,9 @@ class Fleet:
         """What is run as this host's migrd: one that can be held at its journal (`held`)."""
         inside = self.namespaces.get(host)
         entry = ("ip", "netns", "exec", inside) if inside else ()
-        return (*entry, sys.executable, str(HELD), str(self._holds(host)))
+        points = self.armed.pop(host, "")
+        with_points = ("env", f"{failpoints.VARIABLE}={points}") if points else ()
+        return (*entry, *with_points, sys.executable, str(HELD), str(self._holds(host)))
 
     def _holds(self, host: str) -> Path:
         return self.hosts[host].directory / "holds"

@@ -73,6 +73,15 @@ def has_condition(type_: str) -> Callable[[dict[str, Any]], bool]:
     return lambda seen: type_ in [condition["type"] for condition in seen["conditions"]]
 
 
+def is_stopped(pid: int) -> bool:
+    """Does the process stand still, by a signal? Blocking."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
+
+
 def full_speed(two: Fleet) -> None:
     """The road is no longer slow."""
     if two.stream is not None:

@@ -8,13 +8,13 @@ import os
 import signal
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from migrd.cli.client import path
 from migrd.cli.exits import CommandError
 from migrd.cli.seen import Json
 from tests.integration.fleet import TERMINAL
+from tests.integration.scenarios import is_stopped
 from tests.integration.small_disk import fill
 from tests.long.field import NAMES, Field
 from tests.long.schedule import Blow, Schedule
@@ -193,7 +193,7 @@ class Fight:
         """A daemon that stopped itself at a failpoint goes on after its time."""
         host = self.host(blow.side)
         while True:
-            if await asyncio.to_thread(_stands, self.two.daemon(host).pid):
+            if await asyncio.to_thread(is_stopped, self.two.daemon(host).pid):
                 self.struck.append(f"{blow.point} stood")
                 await asyncio.sleep(max(0.1, blow.for_s))
                 self.two.daemon(host).send_signal(signal.SIGCONT)
@@ -318,12 +318,3 @@ class Fight:
 def _signal(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-def _stands(pid: int) -> bool:
-    """Blocking."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] == "T"
