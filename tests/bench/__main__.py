@@ -5,6 +5,7 @@
     watching  one daemon that watches 200 VMs at 1 Hz
     scraping  a scrape of 10,000 series
     calls     one QMP command, one journal record, one message to a peer
+    handover  journals and round trips of the handover at 1 ms round trip, with and without etcd
     decision  the decision at VM start, for 16 devices on 8 IOMMU instances
     harvest   dirty pages of 4 GiB of process memory: beside the bare ioctls and mincore
     harvest_correctness  ten million pages dirtied at random: missed, and told of in vain
@@ -31,6 +32,7 @@ from tests.bench import (
     calls,
     decision,
     direct_throughput,
+    handover,
     harvest,
     harvest_correctness,
     inventory,
@@ -49,6 +51,7 @@ BENCHES: Final[Mapping[str, Callable[[int], Awaitable[Table]]]] = {
     "watching": watching.run,
     "scraping": scraping.run,
     "calls": calls.run,
+    "handover": handover.run,
     "decision": decision.run,
     "harvest": harvest.run,
     "harvest_correctness": harvest_correctness.run,
