@@ -11,25 +11,33 @@ they are, epochs that only grow, and no leak of devices, tasks or processes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from uuid import UUID
 
 import structlog
+from structlog.typing import EventDict
 
 from migrd.core.admission import Admission
+from migrd.core.facts import VmSpec
 from migrd.core.phases import Phase
+from migrd.core.vfio_launch import VfioLaunch
 from migrd.engine import boot, registry
+from migrd.engine.ports import StoredVm
 from migrd.engine.service import MigrationView, Resolution
 from migrd.errors import JournalError, MigrdError
 from tests.engine.passthrough import DISK, NIC, NIC2, nic
 from tests.engine.passthrough import hardware as hardware_with
+from tests.fakes.journal import FakeJournal
 from tests.fakes.virtual_time import now_s, until
 from tests.fakes.world import VM, Pair
 from tests.sim.arbiter_blows import Arbiter
 from tests.sim.blows import Calls, Messages, Trouble
 from tests.sim.loop import SimLoop
 from tests.sim.schedule import HOSTS, Schedule, Timed
-from tests.sim.tempo import Tempo
+from tests.sim.tempo import WATCHERS, Tempo, nothing
 from tests.sweep.scripts import BEFORE, DEVICES
 from tests.sweep.sweeping import BROKEN, STAYED
 
@@ -73,7 +81,7 @@ class Ended:
 def play(schedule: Schedule) -> Ended:
     """Raises Wrong, with everything needed to understand it."""
     ended = Ended(None)
-    with structlog.testing.capture_logs() as logs:
+    with _heard(schedule.tempo) as logs:
         try:
             SimLoop().run(_play(schedule, ended))
         except Exception as exc:
@@ -85,6 +93,24 @@ def play(schedule: Schedule) -> Ended:
     return ended
 
 
+@contextlib.contextmanager
+def _heard(tempo: Tempo) -> Iterator[list[EventDict]]:
+    """What is logged: errors alone, unless all of it is kept."""
+    told: list[EventDict] = []
+
+    def hear(_: object, __: str, event: EventDict) -> EventDict:
+        told.append(event)
+        raise structlog.DropEvent
+
+    before, level = structlog.get_config(), logging.DEBUG if tempo.is_watchful else logging.ERROR
+    wrapper = structlog.make_filtering_bound_logger(level)
+    structlog.configure(processors=[hear], wrapper_class=wrapper)
+    try:
+        yield told
+    finally:
+        structlog.configure(**before)
+
+
 async def _play(schedule: Schedule, ended: Ended) -> None:
     tempo = schedule.tempo
     arbiter = Arbiter.of(schedule.arbiter)
@@ -94,6 +120,9 @@ async def _play(schedule: Schedule, ended: Ended) -> None:
         pair.replace(module, name, value)
     pair.replace(registry, "uuid", names)
     pair.replace(boot, "secrets", names)
+    if not tempo.is_watchful and schedule.script not in DEVICES:
+        for owner, watcher in WATCHERS:
+            pair.replace(owner, watcher, nothing)
     for disk in pair.disks.values():
         disk.is_sealed = tempo.is_sealed
     calls = {host: Calls(schedule.blows, host) for host in HOSTS}
@@ -102,8 +131,12 @@ async def _play(schedule: Schedule, ended: Ended) -> None:
     if schedule.script in DEVICES:
         for hardware in pair.hardware.values():
             hardware.show(TRUTH)
+    if schedule.script not in DEVICES:
+        await _placed(pair)
     async with pair:
-        await pair.boot(devices=DEVICES.get(schedule.script))
+        if schedule.script in DEVICES:
+            await pair.boot(devices=DEVICES[schedule.script])
+        await pair.settle()
         before = BEFORE.get(schedule.script)
         if before is not None:
             await before(pair)
@@ -128,6 +161,15 @@ async def _play(schedule: Schedule, ended: Ended) -> None:
                 *trouble.struck,
                 *([] if arbiter is None else arbiter.struck),
             ]
+
+
+async def _placed(pair: Pair) -> None:
+    """A guest that runs on alpha since long, and the daemons are started beside it."""
+    spec, instance = VmSpec(VM, "tiny"), boot.new_instance()
+    qemu = pair.hosts["alpha"].add(spec, instance, incoming=False)
+    pair.hosts["alpha"].noted[instance] = VfioLaunch()
+    qemu.cont()
+    await FakeJournal(pair.disks["alpha"]).put_vm(StoredVm(spec, 0, here=True, instance=instance))
 
 
 async def _under_fire(

@@ -22,8 +22,12 @@ from tests.sweep.sweeping import Script
 SCRIPTS: Sequence[Script] = (
     scripts.plain,
     scripts.plain,
+    scripts.plain,
+    scripts.plain,
+    scripts.several_rounds,
     scripts.several_rounds,
     scripts.throttled,
+    scripts.postcopy,
     scripts.postcopy,
     scripts.cancelled_in_precopy,
     scripts.with_devices,

@@ -1,8 +1,8 @@
 """How fast the world of a run goes: the deadlines of the daemons, and how often they look around.
 
     SHIPPED   as the product is configured, each record sealed, each look at its own time
-    BRISK     shorter deadlines, and faults that last in proportion; what no fault depends on is
-              looked at seldom, and records stay as they are
+    BRISK     shorter deadlines, and faults that last in proportion; what no migration depends on
+              is not looked at, and records stay as they are
 
 Most runs are brisk: what is between two deadlines passes in virtual time, but somebody polls all
 the while. One of SHIPPED_EACH runs goes at the product's own speed.
@@ -14,7 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from migrd.engine import engine, incoming, reevaluation, sampler
+from migrd.engine import engine, incoming
+from migrd.engine.devices import HostDevices
+from migrd.engine.host import HostFacts
+from migrd.engine.reevaluation import Reevaluation
+from migrd.engine.sampler import Sampler
 from tests.fakes import road, virtual_time, vmm
 
 SHIPPED_EACH = 32
@@ -28,6 +32,8 @@ class Tempo:
     options: Mapping[str, float]
     """Of the engine."""
     constants: tuple[tuple[ModuleType, str, float], ...]
+    is_watchful: bool
+    """Devices, peers and rates are looked at all the while, and all that is logged is kept."""
     is_sealed: bool
     faults_s: float
     """So long after the request the last fault is over."""
@@ -47,6 +53,7 @@ SHIPPED = Tempo(
     "shipped",
     {"watch_interval_s": 7.0, "peer_interval_s": 31.0},
     (),
+    is_watchful=True,
     is_sealed=True,
     faults_s=90.0,
     patience_s=60.0,
@@ -71,13 +78,12 @@ BRISK = Tempo(
     },
     (
         (engine, "RESCAN_S", 9.0),
-        (sampler, "RECONCILE_S", 9.0),
-        (reevaluation, "PAUSE_S", 9.0),
         (incoming, "TICK_S", 1.5),
         (vmm, "POLLS_GROW", 1.5),
         (road, "LATE_S", 12.0),
         (virtual_time, "GROWTH", 1.4),
     ),
+    is_watchful=False,
     is_sealed=False,
     faults_s=30.0,
     patience_s=30.0,
@@ -86,3 +92,16 @@ BRISK = Tempo(
     lasts_s=(0.001, 0.05, 0.5, 2.5, 7.0, 14.0),
     aways_s=(0.0, 0.0, 0.05, 1.0, 12.0),
 )
+
+WATCHERS = (
+    (HostDevices, "watch"),
+    (HostDevices, "first_look"),
+    (HostFacts, "watch"),
+    (Sampler, "watch"),
+    (Reevaluation, "watch"),
+)
+"""What a daemon looks at that no migration without devices depends on."""
+
+
+async def nothing(_: object) -> None:
+    """Instead of a watcher."""
