@@ -16,10 +16,11 @@ from migrd.engine.device_start import DeviceStart
 from migrd.engine.host import HostFacts
 from migrd.engine.migrations import Migrations
 from migrd.engine.reception import Reception
-from migrd.engine.recovery import adopt_found, recover
+from migrd.engine.recovery import recover
 from migrd.engine.reevaluation import Reevaluation
 from migrd.engine.registry import Registry
 from migrd.engine.sampler import Sampler
+from migrd.engine.strays import Strays
 from migrd.engine.vms import VmTable
 from migrd.engine.world import World
 
@@ -40,6 +41,7 @@ class Engine:
         self.holding = DeviceHolding(world, self._group)
         starts = DeviceStart(world, self.decisions, self.holding, self.host.devices)
         self.migrations = Migrations(world, self.vms, self._group, starts)
+        self.strays = Strays(self.migrations)
         self.sampler = Sampler(self.migrations, self.holding, self._group)
         self.service = Registry(self.migrations, self.host, self.sampler)
         self.reception = Reception(self.migrations)
@@ -48,7 +50,7 @@ class Engine:
         await self._group.__aenter__()
         try:
             self._group.create_task(self.host.devices.watch(), name="devices")
-            await recover(self.migrations)
+            await recover(self.migrations, self.strays)
             await self.host.devices.first_look()
         except BaseException:
             await self._end()
@@ -88,7 +90,7 @@ class Engine:
         while True:
             await asyncio.sleep(RESCAN_S)
             try:
-                await adopt_found(self.migrations)
+                await self.strays.look_again()
             except Exception as exc:  # one bad directory must not end the daemon
                 log.error("looking for VMs failed", exc_info=exc)
 

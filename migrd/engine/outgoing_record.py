@@ -11,6 +11,7 @@ from typing import Any, Final
 import structlog
 
 from migrd.core.convergence import Decision, Estimate
+from migrd.core.deadline import Deadline, taken_up
 from migrd.core.facts import Round, TransferAddress, TransferSample, TransferSettings, VmSpec
 from migrd.core.migration import Cause, MigrationEvent, MigrationState
 from migrd.core.phases import Phase, Trigger
@@ -78,6 +79,7 @@ class OutgoingRecord:
         """The arbiter's, as this process last saw that it is this host's; None: not yet."""
         self.proves: Proof = lambda _: False
         """Whether this host's journal proves that a record is behind the truth."""
+        self._deadline = Deadline(state.timeline[0].monotonic_s)
         self._unkept: deque[tuple[str, dict[str, object]]] = deque(maxlen=KEPT_ROUNDS)
         self.log = log.bind(vm=stored.request.vm, migration_id=stored.id)
 
@@ -147,7 +149,21 @@ class OutgoingRecord:
     @property
     def deadline_at_s(self) -> float:
         """Monotonic time at which the policy's deadline is over."""
-        return self.state.timeline[0].monotonic_s + self.state.policy.deadline_s
+        return self._deadline.at_s(self.state.policy.deadline_s)
+
+    def take_up_clocks(self) -> None:
+        """After a restart, with rounds and decisions restored: the deadline counts on."""
+        seen = [entry.monotonic_s for entry in self.state.timeline]
+        seen += [kept[-1].at_s for kept in (self.rounds, self.decisions) if kept]
+        clock = self.world.clock
+        self._deadline = taken_up(
+            asked_s=self.state.timeline[0].monotonic_s,
+            asked_wall_s=self.stored.created_wall_s,
+            last_seen_s=max(seen),
+            deadline_s=self.state.policy.deadline_s,
+            now_s=clock.monotonic_s(),
+            now_wall_s=clock.wall_s(),
+        )
 
     def event(self, trigger: Trigger, **facts: Any) -> MigrationEvent:
         """An event that has just happened."""

@@ -95,7 +95,7 @@ class Steering:
         self._owes_limits = False
         """QEMU may not have the limits that it should have."""
         self._hastened = False
-        self._last: Decision | None = None
+        self._last: Decision | None = m.decisions[-1] if m.resumed and m.decisions else None
         self._taken_over = m.resumed
         self._began_at_s = float("-inf")
         self.begun = asyncio.Event()
@@ -120,11 +120,15 @@ class Steering:
         """Whether QEMU migrates already, and if so: steered from here on."""
         m = self._m
         sample = await first_look(m.vmm)
-        m.throttle_percent = sample.throttle_percent or 0
+        asked = [d.throttle_percent or 0 for d in m.decisions if d.verdict is Verdict.THROTTLE]
+        m.throttle_percent = max([sample.throttle_percent or 0, *asked])
         if sample.qemu_status is QemuStatus.NONE or sample.is_of_arrival:
             return False
         m.log.info("found the migration going on", qemu_status=sample.qemu_status.value)
         await self._set_limits()  # an earlier daemon may have held it
+        if m.throttle_percent > (sample.throttle_percent or 0):
+            with contextlib.suppress(VmmRefused):  # decided, and perhaps never said
+                await m.vmm.set_throttle(m.throttle_percent)
         if m.state.mode is Mode.POSTCOPY and sample.qemu_status is QemuStatus.ACTIVE:
             await m.vmm.start_postcopy()  # chosen, and perhaps never said
         return True
