@@ -19,7 +19,7 @@ import pytest
 from tests.integration.fleet import SMALL, Fleet
 from tests.integration.scenarios import is_stopped, running
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
 
 @dataclass(frozen=True)
