@@ -4,12 +4,14 @@
                         |  |--compare failed--> the same already? ---------> done
                         |                       else ----------------------> ArbiterConflict
                         '--no answer----> read: changed to what was wanted-> done
-                                                to something else ---------> ArbiterConflict
+                                                to something else ---------> ArbiterUnavailable
                                                 unchanged -> swap again, by the same revision
 
 Traps
 - A swap whose answer was lost may still be under way, and take effect after we have read. Sending
   it again is safe only because both compare with the same revision: one of them applies, at most.
+- A record that has changed after a swap without an answer does not tell whether the swap came first
+  and was followed by another: that is no conflict, for a conflict says that nothing was changed.
 - "The same already" counts only at a revision newer than the expected one. A take-back may write
   what stood there all along; it is the new revision that rules a late grant out.
 - Every call ends by one deadline, whatever it takes; then nothing is known (ArbiterUnavailable).
@@ -92,17 +94,21 @@ class Ownerships:
                 if found.epoch == wanted.epoch and found.started:
                     return found
             revision = ABSENT if found is None else found.revision
-            swapped = await self._swap(replace(wanted, revision=revision))
+            swapped, is_certain = await self._swap(replace(wanted, revision=revision))
             found = self._record(wanted.vm, swapped.entry)
-            if swapped.is_applied and found is not None:
+            if found is not None and (swapped.is_applied or _is_done(found, wanted)):
                 return found
+            if not is_certain:
+                raise _not_known(wanted, found)
         raise _conflict(f"{wanted.vm} changes too often to be claimed", found)
 
     async def _assign(self, wanted: Ownership) -> Ownership:
-        swapped = await self._swap(wanted)
+        swapped, is_certain = await self._swap(wanted)
         found = self._record(wanted.vm, swapped.entry)
         if found is not None and (swapped.is_applied or _is_done(found, wanted)):
             return found
+        if not is_certain:
+            raise _not_known(wanted, found)
         raise _conflict(
             f"{wanted.vm} was not given to {_said(wanted)}, for its record is not at revision "
             f"{wanted.revision} any more",
@@ -110,25 +116,30 @@ class Ownerships:
         )
 
     async def _forget(self, record: Ownership) -> None:
-        swapped = await self._swap(record, removes=True)
+        swapped, is_certain = await self._swap(record, removes=True)
         if swapped.is_applied or swapped.entry is None:
             return
         found = self._record(record.vm, swapped.entry)
+        if not is_certain:
+            raise _not_known(record, found)
         raise _conflict(f"the record of {record.vm} was not removed", found)
 
-    async def _swap(self, wanted: Ownership, *, removes: bool = False) -> Swapped:
-        """One compare-and-swap on `wanted.revision`, whose outcome is known when this returns."""
+    async def _swap(self, wanted: Ownership, *, removes: bool = False) -> tuple[Swapped, bool]:
+        """One compare-and-swap on `wanted.revision`; and whether it is certain that one that was
+        not applied has changed nothing."""
         key = key_of(self._prefix, wanted.vm)
         value = None if removes else encoded(wanted)
+        is_certain = True
         for left in reversed(range(SWAPS_AT_MOST)):
             try:
-                return await self._store.swap(key, wanted.revision, value)
+                return await self._store.swap(key, wanted.revision, value), is_certain
             except ArbiterUnavailable:
                 if not left:
                     raise
+            is_certain = False
             entry = await self._store.get(key)
             if revision_of(entry) != wanted.revision:
-                return Swapped(is_applied=False, entry=entry)
+                return Swapped(is_applied=False, entry=entry), is_certain
         raise AssertionError("the last swap returns or raises")
 
 
@@ -145,3 +156,11 @@ def _conflict(what: str, found: Ownership | None) -> ArbiterConflict:
     if found is None:
         return ArbiterConflict(f"{what}: there is none")
     return ArbiterConflict(f"{what}: it says {_said(found)} at revision {found.revision}")
+
+
+def _not_known(wanted: Ownership, found: Ownership | None) -> ArbiterUnavailable:
+    now = "it is gone" if found is None else f"it says {_said(found)}"
+    return ArbiterUnavailable(
+        f"a write of the record of {wanted.vm} had no answer, and the record has changed since: "
+        f"{now}; it is not known whether the write came first"
+    )

@@ -8,7 +8,7 @@ migrd's, or somebody's by hand) is not used at all. The revision is the store's,
 """
 
 import json
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,7 +26,7 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 class _Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    version: Literal[1] = VERSION
+    version: Annotated[int, Field(ge=VERSION, le=VERSION)]
     vm: Name
     owner: Name
     epoch: Annotated[int, Field(ge=0, lt=2**63)]
@@ -43,6 +43,7 @@ def key_of(prefix: str, vm: str) -> str:
 def encoded(ownership: Ownership) -> bytes:
     """The value for `ownership`, without its revision."""
     record = _Record(
+        version=VERSION,
         vm=ownership.vm,
         owner=ownership.owner,
         epoch=ownership.epoch,

@@ -106,6 +106,27 @@ async def test_a_late_write_takes_effect_where_nobody_ruled_it_out() -> None:
     assert store.writes_of(VM) == 2
 
 
+async def test_a_lost_write_that_another_followed_is_not_called_a_conflict() -> None:
+    """A conflict says that nothing was changed; here something was."""
+    store = FakeArbiterStore()
+    alpha, claimed = await _claimed(store)
+    beta = FakeArbiter(store, "beta")
+
+    def lose_the_swap(host: str, call: str) -> Trouble | None:
+        return Trouble.ANSWER_LOST if (host, call) == ("alpha", "swap") else None
+
+    store.faults = lose_the_swap
+    granting = asyncio.create_task(
+        alpha.assign(claimed, "beta", epoch=1, started=False, migration_id=MIGRATION)
+    )
+    await asyncio.sleep(0.1)
+    record = await beta.read(VM)
+    assert record is not None
+    await beta.assign(record, "beta", epoch=1, started=True, migration_id=MIGRATION)
+    with pytest.raises(ArbiterUnavailable, match="it says beta"):
+        await granting
+
+
 async def test_without_a_quorum_nothing_is_known_and_a_write_may_come_later() -> None:
     store = FakeArbiterStore()
     alpha, claimed = await _claimed(store)
