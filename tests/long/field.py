@@ -151,6 +151,8 @@ class Field(Fleet):
     """By the host that is asked."""
     deaths: list[Death] = field(default_factory=list)
     away_s: dict[str, float] = field(default_factory=dict)
+    read_bytes: dict[str, int] = field(default_factory=dict)
+    """How much of each log has been looked through."""
     armed_next: dict[str, str] = field(default_factory=dict)
     """Failpoints that the next daemon of a host is started with."""
 

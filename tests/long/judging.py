@@ -24,12 +24,13 @@ from tests.integration.fleet import TERMINAL, VM
 from tests.long.blows import Fight
 from tests.long.field import NAMES, Field
 from tests.long.schedule import EVERY
+from tests.sweep.sweeping import BROKEN
 
 END_S = 90.0
 DOUBT_S = 6.0
 """So long `needs_operator` is left alone before a person looks: most of it settles by itself."""
 CLEAN_S = 30.0
-STAYED = ("rolled_back", "cancelled", "refused")
+_BROKEN = (b"Traceback", *(event.encode() for event in BROKEN))
 
 
 class Violation(AssertionError):
@@ -55,6 +56,7 @@ async def judge(fight: Fight) -> tuple[str, list[str]]:
     two = fight.two
     assert two.ground is not None
     check(not two.ground.violations, "double run", "; ".join(two.ground.violations))
+    await _nothing_broke(two)
     phases = [str(view["phase"]) for _, view in ended]
     if await _died_afterwards(fight, phases):
         phases.append("its QEMU killed afterwards")
@@ -68,6 +70,16 @@ async def judge(fight: Fight) -> tuple[str, list[str]]:
         for host, view in ended:
             await _other_agrees(two, host, view)
     return ",".join(phases) or "never begun", words
+
+
+async def _nothing_broke(two: Field) -> None:
+    """No daemon has logged since the last look that it met something it has no rule for."""
+    for host in two.hosts.values():
+        log = await asyncio.to_thread(host.log.read_bytes)
+        new = log[two.read_bytes.get(host.name, 0) :]
+        two.read_bytes[host.name] = len(log)
+        bad = [line for line in new.splitlines() if any(word in line for word in _BROKEN)]
+        check(not bad, "broke", "; ".join(line.decode(errors="replace") for line in bad[:3]))
 
 
 async def _was_reached(fight: Fight) -> None:
