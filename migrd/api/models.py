@@ -6,6 +6,7 @@ models_devices     IOMMUs and devices
 models_plan        passthrough devices of VMs, and the decision about them
 models_migration   what is asked of migrations
 models_progress    how a migration stands
+models_words       what operators have said of a migration
 models_sampling    dirty rates measured outside of migrations
 problems           problem details
 """
@@ -84,6 +85,7 @@ from migrd.api.models_sampling import (
     TrackerRate,
     WorkingSet,
 )
+from migrd.api.models_words import KnownThen, OperatorWord
 from migrd.api.problems import Problem
 from migrd.api.wire import NAME_PATTERN, WireModel
 
@@ -113,6 +115,7 @@ __all__ = [
     "Host",
     "Iommu",
     "Kernel",
+    "KnownThen",
     "LadderRung",
     "Launch",
     "LaunchDevice",
@@ -120,6 +123,7 @@ __all__ = [
     "Migration",
     "MigrationList",
     "MigrationRequest",
+    "OperatorWord",
     "PassthroughDevice",
     "Peer",
     "Plan",

@@ -9,6 +9,7 @@ from typing import Annotated, Final, Self
 
 from pydantic import Field
 
+from migrd.api.models_words import OperatorWord
 from migrd.api.wire import At, WireModel, at, exact_ms, finite, ms
 from migrd.core import convergence, facts, harvest_round, migration
 from migrd.core.convergence import Verdict
@@ -307,6 +308,8 @@ class Migration(WireModel):
     """What a person should do now, when there is something."""
     requested_by: str
     queue_position: int | None
+    resolutions: tuple[OperatorWord, ...]
+    """What operators have said of it to this host, oldest first; kept as long as the migration."""
 
     @classmethod
     def of(cls, view: service.MigrationView) -> Self:
@@ -340,6 +343,7 @@ class Migration(WireModel):
             next_step=view.next_step,
             requested_by=view.requested_by,
             queue_position=view.queue_position,
+            resolutions=tuple(OperatorWord.of(word) for word in view.resolutions),
         )
 
 

@@ -231,6 +231,22 @@ def describe(printer: Printer, migration: Seen) -> None:
     for condition in migration.parts("conditions"):
         told = f"{condition.text('type')} is {condition.text('status')}"
         printer.line(f"  {told}: {condition.text('message')} [{condition.text('reason')}]")
+    for said in migration.parts("resolutions"):
+        printer.line(f"  {word_line(said)}")
+
+
+def word_line(said: Seen) -> str:
+    """An operator's word as a sentence: who, when, what, how it was known, what came of it."""
+    known = said.part("known")
+    there = known.text("peer_phase", "") or "silent"
+    done = word(said.text("outcome"))
+    if said.raw("carried_out_at"):
+        done += f" at {clock(said.moment('carried_out_at'))}"
+    return (
+        f"{said.text('by')} said {said.text('resolution')} at {clock(said.moment('said_at'))}: "
+        f"{said.text('evidence')} (VMM here: {known.text('run_state', 'silent')}; "
+        f"{known.text('peer')}: {there}) - {done}"
+    )
 
 
 def _last_decision(migration: Seen) -> str:

@@ -23,6 +23,7 @@ from migrd.core.migration import Cause, Mode, Policy, Refusal, Request
 from migrd.core.standing import StandingDecision
 from migrd.core.tracking import Migratability, Plan, Reason, TrackingPolicy
 from migrd.engine.arbiter_port import ArbiterState, NoArbiter
+from migrd.engine.ports import StoredResolution
 from migrd.engine.rate_views import AskedRate, DirtyRatesView, HistoryView
 
 
@@ -83,6 +84,16 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class ResolutionView:
+    """An operator's word on a migration: the record, and what became of it."""
+
+    stored: StoredResolution
+    carried_out_wall_s: float | None
+    """None: not yet, or something else has settled the migration first."""
+    is_pending: bool
+
+
+@dataclass(frozen=True)
 class MigrationView:
     """One migration as this host knows it."""
 
@@ -117,6 +128,8 @@ class MigrationView:
     """What a person should do now, when there is something."""
     requested_by: str = ""
     queue_position: int | None = None
+    resolutions: tuple[ResolutionView, ...] = ()
+    """What operators have said of it here, oldest first."""
 
 
 @dataclass(frozen=True)

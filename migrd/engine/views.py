@@ -9,12 +9,14 @@ from migrd.core.phases import Phase
 from migrd.engine.arbitrated import ELSEWHERE
 from migrd.engine.device_holding import DeviceHolding
 from migrd.engine.incoming import Incoming
+from migrd.engine.operator_words import OperatorWords
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ownership import UNREACHABLE
 from migrd.engine.service import (
     Condition,
     MigrationView,
     Progress,
+    ResolutionView,
     Role,
     TimelineEntry,
     VmView,
@@ -77,6 +79,14 @@ def of_outgoing(m: Outgoing, queue_position: int | None = None) -> MigrationView
         next_step=next_step(m),
         requested_by=m.stored.request.requested_by,
         queue_position=queue_position,
+        resolutions=_resolutions(m.words, is_open=state.phase is Phase.NEEDS_OPERATOR),
+    )
+
+
+def _resolutions(words: OperatorWords, *, is_open: bool) -> tuple[ResolutionView, ...]:
+    return tuple(
+        ResolutionView(word.stored, word.carried_out_wall_s, is_open and word is words.pending)
+        for word in words.given
     )
 
 
@@ -233,6 +243,7 @@ def of_incoming(i: Incoming) -> MigrationView:
         total_s=elapsed_s if over else None,
         next_step=_next_step_there(i),
         requested_by=i.stored.source,
+        resolutions=_resolutions(i.words, is_open=not over),
     )
 
 
