@@ -104,6 +104,12 @@ class Incoming(IncomingRecord):
         if may and await self._record.is_the_sources():
             await self._apply(DestinationTrigger.TAKEN_BACK, reason=reason)
 
+    async def take_back_if_ended(self) -> None:
+        """The same, where the source says by itself that it has ended. Raises as `take_back`."""
+        ended = await self._source_ended()
+        if ended is not None:
+            await self.take_back(ended)
+
     def grant_on_word(self) -> None:
         """A person has proven that the source never runs the guest again: this copy may."""
         if self._record.decides:

@@ -288,8 +288,8 @@ class Steering:
                 switchover_bandwidth_bytes_per_s=int(bandwidth),
             )
 
-    async def _set_limits(self) -> None:
-        """Give QEMU the policy as it is now, or hold it in precopy."""
+    async def _set_limits(self) -> bool:
+        """Give QEMU the policy as it is now, or hold it in precopy; False: it did not take it."""
         m, policy = self._m, self._m.state.policy
         bandwidth = policy.max_bandwidth_bytes_per_s
         if self._holds:
@@ -299,15 +299,17 @@ class Steering:
         else:
             limit_s = max(LEAST_LIMIT_S, policy.downtime_limit_s - FIXED_COST_S)
         self._hastened = False
-        with contextlib.suppress(VmmRefused):
+        try:
             await m.vmm.set_limits(max_bandwidth_bytes_per_s=bandwidth, downtime_limit_s=limit_s)
+        except VmmRefused:
+            return False
+        return True
 
     async def _try_limits(self) -> None:
         """The same, said again at the next look if QEMU does not answer now."""
         self._owes_limits = True
         with contextlib.suppress(MigrdError):
-            await self._set_limits()
-            self._owes_limits = False
+            self._owes_limits = not await self._set_limits()
 
     # The other side -------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The steps before anything moves: preflight touches nothing, preparing touches both QEMUs."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from migrd.core.facts import VmFacts, VmSpec
@@ -13,6 +13,7 @@ from migrd.core.tracking import Plan
 from migrd.core.vfio_launch import VfioLaunch
 from migrd.engine.arbitrated import own_record
 from migrd.engine.outgoing import Outgoing
+from migrd.engine.ownership import Proof, elsewhere
 from migrd.engine.ports import DestinationView, HostProfile, Peer, Vmm
 from migrd.engine.threads import in_thread
 from migrd.engine.world import World
@@ -43,6 +44,8 @@ class Candidate:
     """The decision about its passthrough devices that stands here."""
     told: VfioLaunch | None = None
     """What its QEMU would be told of them, of a what-if; None: what it has been told."""
+    proves: Proof = lambda _: False
+    """Whether this host's journal proves that the arbiter's record is behind the truth."""
 
 
 async def judge(
@@ -50,13 +53,16 @@ async def judge(
 ) -> tuple[Preflight, VmFacts | None, HostProfile | None]:
     """Ask both sides and compare. Raises VmmDied; everything else becomes a refusal."""
     spec = candidate.spec
-    profile, facts, digest = await asyncio.gather(
+    profile, facts, digest, disowned = await asyncio.gather(
         _destination(peer, with_addresses(spec, request.destination_devices)),  # takes longest
         _source(candidate.vmm),
         _digest(world, candidate),
+        _by_record(world, candidate),
         return_exceptions=True,
     )
-    refusals: list[Refusal] = []
+    if isinstance(disowned, BaseException):
+        raise disowned
+    refusals: list[Refusal] = [*disowned]
     if isinstance(facts, VmmDied):
         raise facts
     if isinstance(facts, BaseException):
@@ -74,10 +80,17 @@ async def judge(
         return Preflight(tuple(refusals), ()), left, right
     if isinstance(digest, BaseException):
         raise digest
-    source = SourceFacts(
+    found = check(request, _source_facts(world, candidate, facts, digest), _as_facts(profile))
+    return replace(found, refusals=(*found.refusals, *disowned)), facts, profile
+
+
+def _source_facts(
+    world: World, candidate: Candidate, facts: VmFacts, digest: str | None
+) -> SourceFacts:
+    return SourceFacts(
         world.options.host,
         facts,
-        spec,
+        candidate.spec,
         digest,
         candidate.epoch,
         world.options.tls is not None,
@@ -85,7 +98,22 @@ async def judge(
         is_as_it_is=candidate.told is None,
         arbiter=world.arbiter.state.kind,
     )
-    return check(request, source, _as_facts(profile)), facts, profile
+
+
+async def _by_record(world: World, candidate: Candidate) -> tuple[Refusal, ...]:
+    """What the arbiter, if there is one, has against it."""
+    if not world.arbiter.is_present:
+        return ()
+    vm = candidate.spec.name
+    try:
+        record = await world.arbiter.read(vm)
+    except ArbiterUnavailable as exc:
+        cure = "bring the arbiter back (migrd doctor), then ask again; the guest runs on meanwhile"
+        return (Refusal(exc.code, exc.message, cure),)
+    if record is None or record.owner == world.options.host or candidate.proves(record):
+        return ()
+    conflict = elsewhere(vm, record)
+    return (Refusal(conflict.code, conflict.message, f"ask migrd on {record.owner}"),)
 
 
 async def _digest(world: World, candidate: Candidate) -> str | None:
@@ -137,7 +165,8 @@ async def check_preflight(m: Outgoing) -> MigrationEvent:
     try:
         async with asyncio.timeout(limit_s):
             plan = await m.plan_now()
-            candidate = Candidate(m.spec_now(), m.state.epoch - 1, m.vmm, plan)
+            epoch = m.state.epoch - 1
+            candidate = Candidate(m.spec_now(), epoch, m.vmm, plan, proves=m.proves)
             result, facts, _ = await judge(m.world, m.stored.request, candidate, m.peer)
     except TimeoutError:
         late = Refusal("preflight_timed_out", f"preflight was not over within {limit_s:.0f} s")

@@ -77,6 +77,7 @@ class Reception:
         """What the source needs to know; changes nothing."""
         world, migrations = self._world, self._migrations
         options = world.options
+        await self._settle_dead(source, vm.name)
         seen, memory_bytes, last_epoch = await asyncio.gather(
             self._look_at(vm), memory_available_bytes(), world.journal.last_epoch(vm.name)
         )
@@ -97,6 +98,16 @@ class Reception:
             plan=seen.plan,
             arbiter=world.arbiter.state.kind,
         )
+
+    async def _settle_dead(self, source: str, vm: str) -> None:
+        """A guest that died here as it was started is its source's to settle. A source that did,
+        while this daemon was down, is about to ask for the VM to be taken again."""
+        for i in list(self._migrations.incoming.values()):
+            is_his = i.stored.source == source and i.stored.spec.name == vm
+            if is_his and i.state.phase is DestinationPhase.STARTING and i.is_over:
+                with contextlib.suppress(MigrdError):  # asked again with the next preflight
+                    await i.take_back_if_ended()
+                    self._migrations.taken_back(i)
 
     async def _look_at(self, vm: VmSpec) -> _Seen:
         """Raises nothing: what is wrong becomes a refusal."""

@@ -15,6 +15,7 @@ from migrd.core.migration import Mode, Refusal
 from migrd.core.standing import StandingDecision
 from migrd.core.vfio_launch import VfioLaunch
 from migrd.engine.decisions import Decided, Decisions, placed_spec
+from migrd.engine.ownership import Proof
 from migrd.engine.ports import HostProfile, Peer, Vmm
 from migrd.engine.prepare import Candidate, judge
 from migrd.engine.service import PlanView, WhatIf
@@ -39,6 +40,7 @@ class WhatIfs:
 
     world: World
     decisions: Decisions
+    proves: Proof = lambda _: False
 
     async def here(self, entry: Entry, question: WhatIf) -> PlanView:
         """Without a destination: may it be started like this, and what could be promised of it?"""
@@ -60,7 +62,7 @@ class WhatIfs:
         assert question.move is not None
         found = await self._here(entry, question)
         plan = None if found.decision is None else found.decision.plan
-        candidate = Candidate(found.spec, entry.epoch, vmm, plan, found.told)
+        candidate = Candidate(found.spec, entry.epoch, vmm, plan, found.told, self.proves)
         facts: VmFacts | None
         profile: HostProfile | None
         async with asyncio.timeout(self.world.options.preflight_deadline_s):

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from migrd import failpoints
 from migrd.core.phases import Phase
 from migrd.engine.service import Resolution, Whereabouts
 from migrd.errors import Conflict, NotFound
@@ -294,3 +295,25 @@ async def test_a_destination_that_cannot_run_the_guest_yet_is_asked_until_it_can
         assert "does not run the guest" in notes[0].message
         pair.hosts["beta"].qemu(VM).refuses_cont = None
         assert (await pair.until_over(migration_id)).phase == Phase.SUCCEEDED
+
+
+async def test_a_host_that_was_off_while_its_guest_was_given_back_takes_the_vm_again() -> None:
+    """It died as it was started there: the host, when it is back, asks the source about it."""
+    async with running_pair() as pair:
+
+        def dies(point: str) -> None:
+            if point == "destination.cont.deciding":
+                pair.hosts["beta"].qemu(VM).die("power off")
+                pair.beta.gate.crash()
+
+        with failpoints.observing(dies):
+            migration_id = await pair.ask()
+            await pair.until_phase(migration_id, Phase.NEEDS_OPERATOR)
+        await pair.kill("beta")
+        await pair.alpha.service.resolve(
+            migration_id, Resolution.DESTINATION_FENCED, evidence="it is off", by="op"
+        )
+        assert (await pair.until_over(migration_id)).phase == Phase.ROLLED_BACK
+        await pair.start("beta")
+        await pair.migrates_again()
+        assert pair.view(migration_id, on="beta").phase == "refused"
