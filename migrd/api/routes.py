@@ -319,9 +319,9 @@ async def change_policy(
 async def resolve_migration(call: Call, path: MigrationPath, body: ResolveRequest) -> Reply:
     """Settle a migration in `needs_operator` by what a person knows, with the evidence for it.
 
-    Both sides are asked first: a word that one of them proves wrong is refused (`destination_lives`,
-    `destination_ran`, `source_runs`, ...). The word is written down, with what could be seen of both
-    sides, before it is carried out; `resolutions` of the migration shows it.
+    Both sides are asked first: a word that one of them proves wrong is refused
+    (`destination_lives`, `destination_ran`, `source_runs`, ...). It is written down, with what
+    could be seen of both sides, before it is carried out; `resolutions` of the migration shows it.
     """
     return _answered(
         await call.service.resolve(
