@@ -6,6 +6,7 @@
     scraping  a scrape of 10,000 series
     calls     one QMP command, one journal record, one message to a peer
     handover  journals and round trips of the handover at 1 ms round trip, with and without etcd
+    arbiter   a read and a compare-and-swap of etcd, of one member and of three
     decision  the decision at VM start, for 16 devices on 8 IOMMU instances
     harvest   dirty pages of 4 GiB of process memory: beside the bare ioctls and mincore
     harvest_correctness  ten million pages dirtied at random: missed, and told of in vain
@@ -28,6 +29,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from tests.bench import (
+    arbiter,
     bitmap,
     calls,
     decision,
@@ -52,6 +54,7 @@ BENCHES: Final[Mapping[str, Callable[[int], Awaitable[Table]]]] = {
     "scraping": scraping.run,
     "calls": calls.run,
     "handover": handover.run,
+    "arbiter": arbiter.run,
     "decision": decision.run,
     "harvest": harvest.run,
     "harvest_correctness": harvest_correctness.run,

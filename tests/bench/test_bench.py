@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import bitmap, harvest, harvest_correctness, loop_lag, moving, scraping, watching
+from tests.bench import (
+    arbiter,
+    bitmap,
+    harvest,
+    harvest_correctness,
+    loop_lag,
+    moving,
+    scraping,
+    watching,
+)
 from tests.bench.figures import Figure, Judge, Table
 from tests.bench.guest import Guest
 
@@ -28,6 +37,12 @@ def assert_holds(table: Table, slack: float = SLACK) -> None:
 
 async def test_watching_two_hundred_vms_costs_little_more_than_asking() -> None:
     assert_holds(await watching.run(3, window_s=2.0, with_lag=False))
+
+
+async def test_the_arbiters_calls_are_measured_beside_bare_requests() -> None:
+    table = await arbiter.run(1, calls_a_run=5)
+    assert len(table.figures) == 8
+    assert any("quantiles" in note for note in table.notes)
 
 
 async def test_a_scrape_of_ten_thousand_series_costs_little_more_than_healthz() -> None:
