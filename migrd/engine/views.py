@@ -181,6 +181,12 @@ def next_step(m: Outgoing) -> str | None:
 def _operators_part(m: Outgoing) -> str:
     """What would settle a migration in needs_operator."""
     here, there, vm = m.world.options.host, m.stored.request.destination, m.stored.request.vm
+    if m.state.granted and m.vmm.is_dead:
+        return (
+            f"Find out whether {vm} runs on {there}: the QEMU on {here} is dead. When migrd on "
+            f"{there} can be brought back, do that: this ends by itself. If {there} is dead for "
+            f"good, {vm} runs nowhere: migrd resolve {m.id} guest_lost --evidence '...'."
+        )
     if m.state.granted:
         return (
             f"Find out whether {vm} runs on {there}. When migrd on {there} can be brought "
