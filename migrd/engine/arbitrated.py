@@ -11,9 +11,10 @@ Whoever answers first settles it. A destination that is gone before it had said 
 person: the record at a newer revision proves that it never will start. One that is gone after that
 needs proof, as without an arbiter.
 
-A guest that cannot come back here (it left by postcopy, or its process here is dead) is never
-withdrawn: its record is written beside GRANT, and nobody waits for the arbiter. A durable refusal
-is obeyed at once too; the record is put right afterwards, by a task that keeps trying.
+A guest that cannot come back here is never withdrawn. One that left by postcopy does not wait for
+the arbiter: its record is written beside GRANT, or afterwards. One whose process here is dead does,
+for as long as it takes: its copy over there is safe meanwhile. A durable refusal is obeyed at once;
+the record is put right afterwards, by a task that keeps trying.
 """
 
 import asyncio
@@ -26,10 +27,10 @@ from migrd.engine.arbiter_port import Ownership
 from migrd.engine.granting import (
     FIRST_RETRY_S,
     LONGEST_RETRY_S,
-    ask_until_answered,
     grant_once,
     note_silence,
     settled,
+    view_once,
 )
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ownership import UNREACHABLE, Standing, as_source, claim, elsewhere, present
@@ -224,10 +225,20 @@ class _Settling:
         return settled(m, view, self._died_is_unknown)
 
     async def _give_for_good(self) -> MigrationEvent:
-        """The guest cannot come back: GRANT, and the record beside it."""
-        giving = asyncio.create_task(_keep_giving(self._m), name=f"giving-{self._m.id[:8]}")
+        """The guest cannot come back: the record is written for as long as it takes. In precopy
+        GRANT waits for that: a destination that finds the record not its own throws away what may
+        be the only copy."""
+        m, pause_s = self._m, FIRST_RETRY_S
+        giving = asyncio.create_task(_keep_giving(m), name=f"giving-{m.id[:8]}")
         try:
-            return await ask_until_answered(self._m, died_is_unknown=self._died_is_unknown)
+            while True:
+                may_grant = m.state.mode is Mode.POSTCOPY or giving.done()
+                asking = grant_once if may_grant else view_once
+                event = await asking(m, self._died_is_unknown)
+                if event is not None:
+                    return event
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_RETRY_S)
         finally:
             giving.cancel()
             await asyncio.wait([giving])

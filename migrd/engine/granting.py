@@ -37,6 +37,16 @@ async def grant_once(m: Outgoing, died_is_unknown: bool) -> MigrationEvent | Non
     return settled(m, view, died_is_unknown)
 
 
+async def view_once(m: Outgoing, died_is_unknown: bool) -> MigrationEvent | None:
+    """The same question without GRANT: has it been settled already?"""
+    try:
+        view = await m.peer.view(m.id)
+    except PeerError as exc:
+        note_silence(m, exc)
+        return None
+    return settled(m, view, died_is_unknown)
+
+
 def note_silence(m: Outgoing, exc: PeerError) -> None:
     """An error is no answer."""
     if isinstance(exc, PeerRefused):

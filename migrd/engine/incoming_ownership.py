@@ -3,7 +3,8 @@
     loaded    the record names this host (read when GRANT comes, and by itself when nothing is
               heard: the source may be gone)                                      => owned
     owned     write `started`; it is the destination's for good once that has been seen => starting
-              the record is the source's again: refuse, durably                  => refused
+              the record is the source's again, or of a newer epoch: refuse, durably     => refused
+              there is none (somebody removed it): the source settles it
 
 Whether the guest may start is in the record alone; GRANT only hastens things. While the arbiter
 does not answer the copy is kept: it may be the last one, and the source asks for a refusal if its
@@ -59,7 +60,9 @@ class RecordKeeping:
         try:
             record = await present(i.world).read(i.stored.spec.name)
             standing = as_target(record, here, epoch)
-            if record is not None and standing is Standing.OURS and self.is_proven:
+            if record is None and self.is_proven:
+                record = await present(i.world).claim(i.stored.spec.name, here, epoch, i.id)
+            elif record is not None and standing is Standing.OURS and self.is_proven:
                 record = await present(i.world).assign(
                     record, here, epoch=epoch, started=False, migration_id=i.id
                 )
@@ -96,8 +99,10 @@ class RecordKeeping:
             if standing is Standing.STARTED:
                 i.note_arbiter(None)
                 return None
+            if record is None or record.epoch < epoch:
+                raise ArbiterUnavailable("the arbiter has no record of this grant any more")
             if self._is_settled():
-                whom = "nobody" if record is None else f"{record.owner} (epoch {record.epoch})"
+                whom = f"{record.owner} (epoch {record.epoch})"
                 return f"the arbiter's record says {whom}: taken back by {i.stored.source}"
             await asyncio.sleep(LOOK_AGAIN_S)
 

@@ -26,6 +26,11 @@ async def with_devices(pair: Pair) -> str:
     return await pair.ask(destination_devices={"hostdev1": DISK})
 
 
+async def with_arbiter(pair: Pair) -> str:
+    """The main job, of hosts that have an arbiter."""
+    return await pair.ask()
+
+
 async def several_rounds(pair: Pair) -> str:
     """A guest that takes a few rounds, with two channels."""
     _slow_down(pair)
@@ -120,6 +125,8 @@ async def _one_cancelled(pair: Pair) -> None:
     pair.ground.calm()
 
 
+ARBITRATED = frozenset({with_arbiter})
+"""Of hosts that have an arbiter."""
 DEVICES: Mapping[object, Mapping[str, str]] = {
     with_devices: {"hostdev0": NIC, "hostdev1": NIC2},
 }

@@ -21,11 +21,12 @@ from migrd.engine.service import MigrationView, Resolution, Whereabouts
 from migrd.errors import JournalError, MigrdError
 from tests.engine.passthrough import DISK, NIC, NIC2, nic
 from tests.engine.passthrough import hardware as hardware_with
+from tests.fakes.arbiter import FakeArbiterStore
 from tests.fakes.gate import Fault, errors_of
 from tests.fakes.road import Faults, Loss
 from tests.fakes.virtual_time import VirtualTimeLoop, now_s, until
 from tests.fakes.world import VM, Pair
-from tests.sweep.scripts import BEFORE, DEVICES
+from tests.sweep.scripts import ARBITRATED, BEFORE, DEVICES
 
 UNCOUNTED = frozenset({"peer.hello", "launcher.find", "launcher.versions"})
 """Calls of the background that no migration depends on."""
@@ -121,7 +122,8 @@ def _readable(entries: list[MutableMapping[str, Any]]) -> list[str]:
 async def _run(
     script: Script, strikes: Mapping[str, Strike], losing: Faults, cut_off_s: float = 0.0
 ) -> Finished:
-    pair = Pair(watch_interval_s=7.0, peer_interval_s=31.0)  # a quiet background
+    arbiter = FakeArbiterStore() if script in ARBITRATED else None
+    pair = Pair(arbiter=arbiter, watch_interval_s=7.0, peer_interval_s=31.0)  # a quiet background
     pair.plans.update(strikes)
     for hardware in pair.hardware.values():
         hardware.show(hardware_with(nic(NIC), nic(NIC2), nic(DISK)))

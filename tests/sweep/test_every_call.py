@@ -27,6 +27,7 @@ from tests.sweep.sweeping import (
 )
 
 ALL, DEATHS = "", "killed"
+COMMON = (scripts.plain, scripts.postcopy, scripts.with_arbiter)
 
 
 def sweep(script: Script, side: str, kinds: str) -> Iterator[tuple[Strike, Finished]]:
@@ -50,6 +51,7 @@ def sweep(script: Script, side: str, kinds: str) -> Iterator[tuple[Strike, Finis
     ("script", "kinds", "ends"),
     [
         (scripts.plain, ALL, {Phase.SUCCEEDED}),
+        (scripts.with_arbiter, ALL, {Phase.SUCCEEDED}),
         (scripts.postcopy, ALL, {Phase.SUCCEEDED}),
         (scripts.with_devices, ALL, {Phase.SUCCEEDED}),
         (scripts.cancelled_in_precopy, ALL, {Phase.CANCELLED}),
@@ -73,7 +75,7 @@ def test_no_single_failure_runs_the_guest_twice_or_nowhere(
     assert ends <= {finished.phase for _, finished in swept}
 
 
-@pytest.mark.parametrize("script", [scripts.plain, scripts.postcopy], ids=["plain", "postcopy"])
+@pytest.mark.parametrize("script", COMMON, ids=lambda script: script.__name__)
 def test_both_daemons_killed_around_any_two_records_lose_nothing(script: Script) -> None:
     """alpha after each of its journal records x beta after each of its own."""
     swept, failures = 0, []
@@ -92,7 +94,7 @@ def test_both_daemons_killed_around_any_two_records_lose_nothing(script: Script)
 
 
 @pytest.mark.parametrize("side", ["alpha", "beta"])
-@pytest.mark.parametrize("script", [scripts.plain, scripts.postcopy], ids=["plain", "postcopy"])
+@pytest.mark.parametrize("script", COMMON, ids=lambda script: script.__name__)
 def test_a_daemon_killed_and_then_cut_off_for_a_while_loses_nothing(
     script: Script, side: str
 ) -> None:
@@ -111,7 +113,7 @@ def test_a_daemon_killed_and_then_cut_off_for_a_while_loses_nothing(
 
 
 @pytest.mark.parametrize("side", ["alpha", "beta"])
-@pytest.mark.parametrize("script", [scripts.plain, scripts.postcopy], ids=["plain", "postcopy"])
+@pytest.mark.parametrize("script", COMMON, ids=lambda script: script.__name__)
 def test_a_record_that_is_durable_although_its_write_failed_is_safe(
     script: Script, side: str
 ) -> None:
@@ -130,8 +132,8 @@ def test_a_record_that_is_durable_although_its_write_failed_is_safe(
 
 @pytest.mark.parametrize(
     "script",
-    [scripts.plain, scripts.postcopy, scripts.cancelled_in_precopy],
-    ids=["plain", "postcopy", "cancelled"],
+    [*COMMON, scripts.cancelled_in_precopy],
+    ids=lambda script: script.__name__,
 )
 def test_no_single_message_lost_late_or_repeated_does_harm(script: Script) -> None:
     swept, failures = 0, []
