@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,8 +105,12 @@ class Member:
         """One request, plain; raises OSError."""
         body = json.dumps(message or {}).encode()
         request = urllib.request.Request(f"{self.url}{path}", body, method="POST")
-        with urllib.request.urlopen(request, timeout=within_s) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=within_s) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as refused:
+            with refused:
+                raise OSError(f"{refused.code}: {refused.read()!r}") from None
 
 
 class Cluster:
