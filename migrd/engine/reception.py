@@ -89,7 +89,7 @@ class Reception:
             qemu_version=seen.qemu_version,
             features=seen.features,
             launch_digest=seen.digest,
-            incoming_slots_free=options.incoming_slots - migrations.incoming_active,
+            incoming_slots_free=max(0, options.incoming_slots - migrations.incoming_active),
             memory_available_bytes=memory_bytes,
             vm_present=self._is_present(vm.name),
             last_epoch=migrations.vms.last_epoch(vm.name),

@@ -146,6 +146,7 @@ class _Recovery:
             i = self._migrations.add_incoming(stored, state, self._world.peers.get(stored.source))
             i.words.restore(self._words.get((Role.DESTINATION, stored.id), ()))
             i.restore(events)
+            self._see_whether_it_went_on(i)
             if i.state.phase is DestinationPhase.REFUSED:
                 i.vmm = self._left.pop(stored.instance, None)
                 if i.vmm is not None:
@@ -154,6 +155,17 @@ class _Recovery:
                 i.vmm = self._vmm_of_incoming(i.state.phase, stored.spec.name, stored.instance)
                 taken.append(i)
         return taken
+
+    def _see_whether_it_went_on(self, i: Incoming) -> None:
+        """The end of a postcopy has no record of its own. That the VM has begun a later migration,
+        which none does before all of it is there, or was started anew since, tells the same."""
+        if i.state.phase is not DestinationPhase.RUNNING or i.is_over:
+            return
+        entry = self._migrations.vms.get(i.stored.spec.name)
+        if entry is None or entry.epoch > i.stored.epoch:
+            i.transfer_completed = True
+        elif entry.vmm is not None and entry.vmm.instance != i.stored.instance:
+            i.vmm_died = True
 
     def _vmm_of_incoming(self, phase: DestinationPhase, vm: str, instance: str) -> Vmm | None:
         found = self._left.pop(instance, None) or self._by_instance.get(instance)

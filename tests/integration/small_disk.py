@@ -21,14 +21,15 @@ def fill(path: Path) -> None:
 async def mounted(directory: Path) -> AsyncIterator[None]:
     """A disk of DISK_BYTES in place of a directory. Needs root."""
     size = f"size={DISK_BYTES},mode=0700"
-    await _run("mount", "-t", "tmpfs", "-o", size, "tmpfs", str(directory))
+    await run("mount", "-t", "tmpfs", "-o", size, "tmpfs", str(directory))
     try:
         yield
     finally:
-        await _run("umount", str(directory))
+        await run("umount", str(directory))
 
 
-async def _run(*command: str) -> None:
+async def run(*command: str) -> None:
+    """Raises AssertionError with what it complains of."""
     child = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
     async with asyncio.timeout(20):
         _, complaint = await child.communicate()

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,8 @@ ROAD_S = 0.015
 PHASE_S = 15.0
 BLOWS_S = 60.0
 STRUCK_S = 12.0
+MOUNTED_S = 1.0
+"""A daemon stays down for so long while its disk is mounted anew."""
 LOOK_S = 0.02
 _ACTION = {"killed_at": "kill", "stopped_at": "stop"}
 
@@ -294,6 +297,25 @@ class Fight:
     async def _opposite(self, _: Blow) -> None:
         with contextlib.suppress(CommandError):
             await self.two.migrate(self.destination, self.source)
+
+    async def _disk_breaks(self, blow: Blow) -> None:
+        await self._disk_fails(blow, self.two.disks[self.host(blow.side)].break_)
+
+    async def _disk_read_only(self, blow: Blow) -> None:
+        await self._disk_fails(blow, self.two.disks[self.host(blow.side)].forbid)
+
+    async def _disk_fails(self, blow: Blow, fail: Callable[[], None]) -> None:
+        """Until somebody ends the daemon and mounts the disk anew."""
+        two, host = self.two, self.host(blow.side)
+        await two.ready(host)
+        await asyncio.to_thread(fail)
+        await asyncio.sleep(blow.for_s)
+        two.away_s[host] = MOUNTED_S
+        daemon = two.daemon(host)
+        daemon.kill()
+        await daemon.wait()
+        await two.disks[host].unmount()
+        await two.disks[host].mount()
 
     async def _disk_full(self, blow: Blow) -> None:
         """The journal has room of its own for a while: that is used up too."""

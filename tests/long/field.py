@@ -25,8 +25,8 @@ from migrd.cli.exits import CommandError
 from migrd.demo import hosts
 from migrd.demo.image import GuestImage, Pattern
 from tests.integration.fleet import STREAM_HOST, Fleet, _lay_out, _prepare, in_service
-from tests.integration.small_disk import mounted
 from tests.lab.freezing_proxy import FreezingProxy, freezing_proxy
+from tests.long.disks import Disk, disk_at
 from tests.long.ground import Ground, with_monitor
 
 PEER_HOST = "127.0.0.3"
@@ -149,6 +149,8 @@ class Field(Fleet):
     """By the host that the guest goes to."""
     peers: dict[str, FreezingProxy] = field(default_factory=dict)
     """By the host that is asked."""
+    disks: dict[str, Disk] = field(default_factory=dict)
+    """Where journals have disks of their own."""
     deaths: list[Death] = field(default_factory=list)
     away_s: dict[str, float] = field(default_factory=dict)
     read_bytes: dict[str, int] = field(default_factory=dict)
@@ -259,7 +261,8 @@ async def field_of(
     async with contextlib.AsyncExitStack() as stack:
         for host, port in zip(pair, ports, strict=True):
             if small_disks:
-                await stack.enter_async_context(mounted(host.directory / "state"))
+                disk = disk_at(host.directory / "state")
+                two.disks[host.name] = await stack.enter_async_context(disk)
             two.streams[host.name] = await stack.enter_async_context(
                 freezing_proxy((STREAM_HOST, port), ("127.0.0.1", port))
             )

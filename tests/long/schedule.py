@@ -227,8 +227,9 @@ def _operator(random_: random.Random) -> Made:
 def _disk(random_: random.Random) -> Made:
     pace, after = random_.choice((("quick", None), ("slow", "precopy"), ("slow", "precopy")))
     for_s = random_.choice((0.5, 2.0))
-    blows = [Blow("disk_full", _side(random_), after, random_.uniform(0, 0.5), for_s)]
-    if random_.random() < 0.4:
+    what = random_.choice(("disk_full", "disk_full", "disk_breaks", "disk_read_only"))
+    blows = [Blow(what, _side(random_), after, random_.uniform(0, 0.5), for_s)]
+    if what == "disk_full" and random_.random() < 0.4:
         blows.append(Blow("kill", blows[0].side, after, blows[0].at_s + random_.uniform(0.3, 1.5)))
     return pace, blows
 

@@ -5,14 +5,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from migrd import failpoints
 from tests.long.ground import Ground
 from tests.long.schedule import EVERY, every_failpoint, from_seed
 
-FOUND: list[tuple[str, str]] = []
-"""What long runs have found in the product -> the command that shows it."""
+FOUND = [
+    (
+        "an incoming postcopy was taken up again at every restart, for good, when its guest had "
+        "long gone on to another host: an alarm, and a slot that was never free again",
+        "python -m tests.long --seed-from 1000056 --migrations 3",
+        "tests/engine/test_postcopy_restarts.py",
+    ),
+    (
+        "a destination with more guests on the way than slots could not answer a preflight",
+        "python -m tests.long --seed-from 1000056 --migrations 3",
+        "tests/engine/test_postcopy_restarts.py",
+    ),
+]
+"""What long runs have found in the product, the command that showed it, where it is tried now."""
 OF_THE_ARBITER = ("source.assign.", "source.take_back.", "destination.mark_started.")
 """Acts that two hosts without an arbiter never come to."""
+
+
+@pytest.mark.parametrize(("what", "command", "tried_in"), FOUND)
+def test_what_was_found_is_tried_where_the_table_says(
+    what: str, command: str, tried_in: str
+) -> None:
+    assert command.startswith("python -m tests.long"), what
+    assert (Path(__file__).parents[2] / tried_in).is_file(), what
 
 
 def test_a_seed_is_one_schedule() -> None:
