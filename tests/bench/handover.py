@@ -37,7 +37,7 @@ from migrd.engine.ports import SystemClock
 from migrd.engine.stream import Stream
 from migrd.engine.world import World
 from migrd.failpoints import observing
-from migrd.journal.sqlite import open_journal
+from migrd.journal.sqlite import SqliteJournal, open_journal
 from migrd.peer.client import HttpPeer
 from migrd.peer.server import serve_peers
 from tests.arbiter.etcd_server import Cluster
@@ -102,7 +102,7 @@ class Rig:
 
     engines: tuple[Engine, Engine]
     peers: tuple[HttpPeer, HttpPeer]
-    hosts: tuple[FakeHost, FakeHost]
+    journals: tuple[SqliteJournal, SqliteJournal]
     moments: Moments
     directory: Path
     moves: list[dict[str, float]] = field(default_factory=list)
@@ -132,6 +132,8 @@ class Rig:
         if turn >= WARM_UP:
             self.moves.append(dict(self.moments.at_s))
             await self._beside(turn)
+        for journal in self.journals:  # as a daemon does by itself in its next idle seconds
+            await journal.checkpoint()
 
     async def _settled(self) -> None:
         async with asyncio.timeout(30.0):
@@ -201,13 +203,14 @@ async def rig(directory: Path, etcd_port: int | None = None) -> AsyncIterator[Ri
         stack.enter_context(_told(moments))
         tls = [await fleet.tls(name) for name in HOSTS]
         hosts = (FakeHost(HOSTS[0], ground), FakeHost(HOSTS[1], ground))
-        peers, engines = [], []
+        peers, engines, journals = [], [], []
         for n, name in enumerate(HOSTS):
             other = 1 - n
             peer = HttpPeer(HOSTS[other], f"https://127.0.0.1:{far[other]}", tls[n])
             stack.push_async_callback(peer.close)
             peers.append(peer)
             journal = await stack.enter_async_context(open_journal(directory / f"{name}.db"))
+            journals.append(journal)
             arbiter: Arbiter = NoArbiter()
             if etcd_port is not None:
                 at = EtcdOptions(name, (f"http://127.0.0.1:{etcd_port}",), prefix="/bench")
@@ -229,7 +232,13 @@ async def rig(directory: Path, etcd_port: int | None = None) -> AsyncIterator[Ri
             stack.push_async_callback(_end, warming)
         await engines[0].service.define_vm(VmSpec(VM, "tiny"), dry_run=False)
         await engines[0].service.start_vm(VM)
-        yield Rig((engines[0], engines[1]), (peers[0], peers[1]), hosts, moments, directory)
+        yield Rig(
+            (engines[0], engines[1]),
+            (peers[0], peers[1]),
+            (journals[0], journals[1]),
+            moments,
+            directory,
+        )
 
 
 async def _end(task: "asyncio.Task[None]") -> None:
