@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from typing import Any
 
 import pytest
@@ -51,12 +51,18 @@ SCRIPTS: list[Script] = [
 ]
 
 
+async def played(script: Script, pair: Pair) -> str:
+    return await script(pair)
+
+
 @contextlib.asynccontextmanager
-async def struck(pair: Pair, observer: Callable[[str], None], script: Script) -> Any:
+async def struck(
+    pair: Pair, observer: Callable[[str], None], script: Script
+) -> AsyncIterator[asyncio.Task[str]]:
     """The script under way, with the failpoints observed."""
     await pair.boot()
     with failpoints.observing(observer):
-        asked = asyncio.create_task(script(pair))
+        asked = asyncio.create_task(played(script, pair))
         yield asked
         with contextlib.suppress(MigrdError, asyncio.CancelledError):
             await asked
