@@ -79,6 +79,9 @@ def _running(found: DestinationFound) -> Action:
 def _owned(found: DestinationFound) -> Action:
     own, record = found.own, found.record
     starting = found.phase is DestinationPhase.STARTING
+    if starting and record.is_theirs and own.fate.is_dead:
+        text = "its process died while it was started, and the arbiter has given the guest back"
+        return _go_on(found, text)  # over here; the source says so when it next asks for the VM
     if starting and record.is_theirs:
         text = "starting, and the arbiter has given the guest to another host since: nothing is run"
         return Action(Deed.LEAVE_ALONE, text, settles=SECOND_COPY, alarm=True)
