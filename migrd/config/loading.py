@@ -102,6 +102,7 @@ def _problems(failure: ValidationError, merged: Merged) -> list[str]:
     errors = failure.errors(include_url=False, include_context=True)
     lines = list(dict.fromkeys(_line(error, merged) for error in errors))
     touched = {_dotted(error["loc"]) for error in errors}
+    touched |= {_dotted(tuple(p for p in e["loc"] if not isinstance(p, int))) for e in errors}
     rest = _what_is_right(merged.table, errors)
     return lines + ([] if rest is None else _conflict_lines(rest, merged, but_not=touched))
 

@@ -3,6 +3,8 @@
 The engine's calls, as `engine.arbiter_port` draws them; a counter stands before the store.
 """
 
+from typing import Any
+
 from migrd.arbiter.ownership import Ownerships
 from migrd.arbiter.store import Entry, Swapped
 from tests.fakes.arbiter import FakeArbiterStore
@@ -59,11 +61,13 @@ async def test_every_step_said_twice_sends_no_more_than_six() -> None:
     """A daemon that is started again says its last step once more."""
     counted = Counted()
     arbiter = Ownerships(counted, prefix="/migrd", within_s=1.0)
-    for _ in range(2):
-        record = await arbiter.claim("vm", "alpha", 1, "m")
-    for _ in range(2):
-        granted = await arbiter.assign(record, "beta", epoch=1, started=False, migration_id="m")
-    for _ in range(2):
-        await arbiter.assign(granted, "beta", epoch=1, started=True, migration_id="m")
+    record = await arbiter.claim("vm", "alpha", 1, "m")
+    assert await arbiter.claim("vm", "alpha", 1, "m") == record
+    grant: dict[str, Any] = {"epoch": 1, "started": False, "migration_id": "m"}
+    granted = await arbiter.assign(record, "beta", **grant)
+    assert await arbiter.assign(record, "beta", **grant) == granted
+    start: dict[str, Any] = {"epoch": 1, "started": True, "migration_id": "m"}
+    started = await arbiter.assign(granted, "beta", **start)
+    assert await arbiter.assign(granted, "beta", **start) == started
     assert counted.swaps <= MOST
     assert len(counted.store.writes) == 3
