@@ -78,6 +78,7 @@ class Incoming(IncomingRecord):
     ) -> None:
         super().__init__(world, stored, state, source)
         self._record = RecordKeeping(self)
+        self._taking_back = asyncio.Lock()
 
     # Messages from the source -------------------------------------------------------------
 
@@ -100,9 +101,10 @@ class Incoming(IncomingRecord):
         """The source has the guest back by an operator's word, and our QEMU, which died while it
         was started, never will run it. For a task that is over; raises JournalError, and
         ArbiterUnavailable: with an arbiter its record must say so."""
-        may = self.state.phase is DestinationPhase.STARTING and self.vmm_died
-        if may and await self._record.is_the_sources():
-            await self._apply(DestinationTrigger.TAKEN_BACK, reason=reason)
+        async with self._taking_back:  # a message that is repeated must not be journalled twice
+            may = self.state.phase is DestinationPhase.STARTING and self.vmm_died
+            if may and await self._record.is_the_sources():
+                await self._apply(DestinationTrigger.TAKEN_BACK, reason=reason)
 
     async def take_back_if_ended(self) -> None:
         """The same, where the source says by itself that it has ended. Raises as `take_back`."""

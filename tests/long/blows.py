@@ -82,8 +82,9 @@ class Fight:
         if not has_storm:
             await self._arm(points)
         self._tasks.append(asyncio.create_task(self._look()))
-        standing = (blow for blow in points if blow.what == "stopped_at")
-        self._tasks += [asyncio.create_task(self._wake(blow)) for blow in standing]
+        for name in NAMES:
+            mine = [b for b in points if b.what == "stopped_at" and self.host(b.side) == name]
+            self._tasks.append(asyncio.create_task(self._wake(name, mine)))
         for blow in (blow for blow in timed if blow.what == "absent"):
             await self._kill(blow)
         await self._ask()
@@ -192,15 +193,17 @@ class Fight:
                 others = []
             await self.two.arm(name, ",".join((first, *others)))
 
-    async def _wake(self, blow: Blow) -> None:
-        """A daemon that stopped itself at a failpoint goes on after its time."""
-        host = self.host(blow.side)
-        while True:
-            if await asyncio.to_thread(is_stopped, self.two.daemon(host).pid):
-                self.struck.append(f"{blow.point} stood")
-                await asyncio.sleep(max(0.1, blow.for_s))
-                self.two.daemon(host).send_signal(signal.SIGCONT)
-                return
+    async def _wake(self, host: str, blows: list[Blow]) -> None:
+        """A daemon that stopped itself at failpoints goes on after its time, at each in turn."""
+        for blow in blows:
+            await self._until_stopped(host, True)
+            self.struck.append(f"{blow.point} stood")
+            await asyncio.sleep(max(0.1, blow.for_s))
+            self.two.daemon(host).send_signal(signal.SIGCONT)
+            await self._until_stopped(host, False)
+
+    async def _until_stopped(self, host: str, wanted: bool) -> None:
+        while await asyncio.to_thread(is_stopped, self.two.daemon(host).pid) is not wanted:
             await asyncio.sleep(LOOK_S)
 
     # Blows ------------------------------------------------------------------------------------

@@ -288,13 +288,19 @@ _LED_TO: Mapping[str, tuple[str, tuple[Blow, ...]]] = {
 """Events and acts off the plain way -> pace, and what leads to them."""
 
 
+_CANCELLED = (
+    Blow("qemu_stands", "destination", after=_IN_PRECOPY, at_s=0.1, for_s=1.0),
+    Blow("cancel", after=_IN_PRECOPY, at_s=0.3),
+)
+"""Else the destination's QEMU may end by itself as soon as its stream does."""
+
+
 def every_failpoint() -> list[tuple[str, tuple[Blow, ...]]]:
     """Each point, killed at and stopped at; the blow at the point is the last one."""
     found: list[tuple[str, tuple[Blow, ...]]] = []
     for what in ("killed_at", "stopped_at"):
         found += [("quick", (_strike_at(what, point),)) for point in ON_THE_WAY]
-        cancel = Blow("cancel", after=_IN_PRECOPY, at_s=0.2)
-        found += [("slow", (cancel, _strike_at(what, point))) for point in ON_THE_WAY_BACK]
+        found += [("slow", (*_CANCELLED, _strike_at(what, point))) for point in ON_THE_WAY_BACK]
         for event, (pace, blows) in _LED_TO.items():
             moments = ("deciding", "done") if event == "source.resume" else _MOMENTS
             found += [(pace, (*blows, _strike_at(what, f"{event}.{m}"))) for m in moments]

@@ -23,6 +23,12 @@ FOUND = [
         "python -m tests.long --seed-from 1000056 --migrations 3",
         "tests/engine/test_postcopy_restarts.py",
     ),
+    (
+        "a destination that was told twice at once that its guest was taken back journalled it "
+        "twice, and never started again: the journal made no sense",
+        "python -m tests.long --seed-from 1000066 --migrations 2",
+        "tests/engine/test_taken_back.py",
+    ),
 ]
 """What long runs have found in the product, the command that showed it, where it is tried now."""
 OF_THE_ARBITER = ("source.assign.", "source.take_back.", "destination.mark_started.")
