@@ -203,7 +203,9 @@ class Fight:
             await self._until_stopped(host, False)
 
     async def _until_stopped(self, host: str, wanted: bool) -> None:
-        while await asyncio.to_thread(is_stopped, self.two.daemon(host).pid) is not wanted:
+        while True:
+            if await asyncio.to_thread(is_stopped, self.two.daemon(host).pid) is wanted:
+                return
             await asyncio.sleep(LOOK_S)
 
     # Blows ------------------------------------------------------------------------------------
