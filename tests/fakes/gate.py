@@ -57,14 +57,35 @@ class Gate:
         self.calls: list[str] = []
         self.is_dead = False
         self.crashed = asyncio.Event()
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
+
+    @property
+    def stands_still(self) -> bool:
+        """As after SIGSTOP: no call begins or comes back, and nobody is answered."""
+        return not self._goes_on.is_set()
+
+    def stop(self) -> None:
+        self._goes_on.clear()
+
+    def go_on(self) -> None:
+        self._goes_on.set()
+
+    async def running(self) -> None:
+        """Until it does not stand still."""
+        while self.stands_still:
+            await self._goes_on.wait()
 
     def crash(self) -> None:
         """From here on nothing that this daemon does reaches the world."""
         self.is_dead = True
         self.crashed.set()
+        self._goes_on.set()
 
     async def call(self, name: str, func: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Make the call, or what the plan has for it."""
+        if self.stands_still:
+            await self.running()
         if self.is_dead:
             raise asyncio.CancelledError
         self.calls.append(name)
@@ -72,6 +93,8 @@ class Gate:
         if fault is not None and not fault.after_effect:
             self._strike(fault)
         result = await func(*args, **named)
+        if self.stands_still:
+            await self.running()
         if self.is_dead:
             raise asyncio.CancelledError
         if fault is not None:
@@ -135,7 +158,12 @@ class GatedLauncher(Gated):
 
     async def launch(self, *args: Any, **named: Any) -> Any:
         launch = self._inner.launch
-        return self._gated(await self._gate.call("launcher.launch", launch, *args, **named))
+        try:
+            return self._gated(await self._gate.call("launcher.launch", launch, *args, **named))
+        except asyncio.CancelledError:
+            if not self._gate.is_dead:  # a daemon that lives ends what it has begun
+                self._inner.give_up(args[1])
+            raise
 
     async def find(self) -> list[Any]:
         found = await self._gate.call("launcher.find", self._inner.find)

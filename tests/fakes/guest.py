@@ -7,7 +7,7 @@ of one, or throws the last complete one away, is written down in `violations` at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +47,8 @@ class Guest:
         """Somebody wants it stopped."""
         self.running_on: Holder | None = None
         self.holders: list[Holder] = []
+        self.asked_to_end: Callable[[Holder], None] | None = None
+        """Told before a daemon ends the process of one."""
 
     def violate(self, what: str) -> None:
         """Write down what must never happen."""

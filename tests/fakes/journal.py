@@ -33,6 +33,7 @@ from migrd.journal.codec import Codec, Sealed, UnreadableRecord
 
 T = TypeVar("T")
 
+SLOW_S = 0.7
 KINDS = ("round", "decision")
 
 
@@ -49,6 +50,8 @@ class FakeDisk:
     """
 
     is_sealed: bool = True
+    wrote: Callable[[str, str, Sequence[object]], None] | None = None
+    """Told of each record as it becomes durable: request, incoming, event or vm; whose; values."""
 
     outgoing: dict[str, tuple[Sealed, list[Sealed]]] = field(default_factory=dict)
     incoming: dict[str, tuple[Sealed, list[Sealed]]] = field(default_factory=dict)
@@ -78,6 +81,12 @@ class FakeJournal:
         self.commit_s = commit_s
         self.fail_on = fail_on
         self.after_effect = after_effect
+        self.writing = 0
+        """Writes that are not acknowledged yet."""
+        self.fsync_fails = False
+        """The next record gets to the disk, its write fails, and so do all after it."""
+        self.is_slow = False
+        """While True each write takes `SLOW_S` to be acknowledged."""
         self.is_full = False
         """While True every write fails with JournalError(journal_disk_full)."""
         self.writes = 0
@@ -93,6 +102,7 @@ class FakeJournal:
             if key is not None and key in disk.keys:
                 raise Conflict("the idempotency key was used before", code="key_exists")
             disk.outgoing[stored.id] = (sealed, [])
+            self._tell("request", stored.id, (stored,))
             if key is not None:
                 disk.keys[key] = (stored.id, stored.body_digest or "")
             self._raise_epoch(stored.request.vm, stored.epoch)
@@ -106,6 +116,7 @@ class FakeJournal:
             if stored.id in self.disk.incoming:
                 raise Conflict(f"migration {stored.id} exists already", code="id_exists")
             self.disk.incoming[stored.id] = (sealed, [])
+            self._tell("incoming", stored.id, (stored,))
             self._raise_epoch(stored.spec.name, stored.epoch)
 
         await self._write(effect)
@@ -114,13 +125,13 @@ class FakeJournal:
         self, migration_id: str, events: Sequence[MigrationEvent], vm: StoredVm | None = None
     ) -> None:
         sealed = [self._seal(codec.MIGRATION_EVENT, event) for event in events]
-        await self._append(self.disk.outgoing, migration_id, sealed, vm)
+        await self._append(self.disk.outgoing, migration_id, sealed, vm, events)
 
     async def append_incoming(
         self, migration_id: str, events: Sequence[DestinationEvent], vm: StoredVm | None = None
     ) -> None:
         sealed = [self._seal(codec.DESTINATION_EVENT, event) for event in events]
-        await self._append(self.disk.incoming, migration_id, sealed, vm)
+        await self._append(self.disk.incoming, migration_id, sealed, vm, events)
 
     async def _append(
         self,
@@ -128,6 +139,7 @@ class FakeJournal:
         migration_id: str,
         sealed: Sequence[Sealed],
         vm: StoredVm | None,
+        events: Sequence[object],
     ) -> None:
         put = None if vm is None else self._putting(vm)
 
@@ -137,6 +149,7 @@ class FakeJournal:
             if put is not None:
                 put()
             migrations[migration_id][1].extend(sealed)
+            self._tell("event", migration_id, events)
 
         await self._write(effect)
 
@@ -163,6 +176,7 @@ class FakeJournal:
             if epoch > vm.epoch:
                 raise JournalError(f"VM {name}: {vm.epoch} after {epoch}", code="epoch_went_back")
             self.disk.vms[name] = (vm.epoch, sealed)
+            self._tell("vm", name, (vm,))
             self._raise_epoch(name, vm.epoch)
 
         return effect
@@ -216,7 +230,18 @@ class FakeJournal:
             return Kept(of.kind, of.version, b"", 0, value)
         return _seal(of, value)
 
+    def _tell(self, kind: str, id_: str, values: Sequence[object]) -> None:
+        if self.disk.wrote is not None:
+            self.disk.wrote(kind, id_, values)
+
     async def _write(self, effect: Callable[[], None]) -> None:
+        self.writing += 1
+        try:
+            await self._commit(effect)
+        finally:
+            self.writing -= 1
+
+    async def _commit(self, effect: Callable[[], None]) -> None:
         self.writes += 1
         fails = self.writes == self.fail_on
         if self.is_full or (fails and not self.after_effect):
@@ -225,7 +250,10 @@ class FakeJournal:
         effect()
         if fails:
             raise Crashed
-        await asyncio.sleep(self.commit_s)
+        if self.fsync_fails:
+            self.is_full = True
+            raise JournalError("fsync failed", code="journal_io_error")
+        await asyncio.sleep(SLOW_S if self.is_slow else self.commit_s)
 
     def _raise_epoch(self, vm: str, epoch: int) -> None:
         self.disk.epochs[vm] = max(epoch, self.disk.epochs.get(vm, 0))

@@ -190,6 +190,12 @@ class FakeLauncher:
             qemu.cont()
         return self._handle(qemu)
 
+    def give_up(self, instance: str) -> None:
+        """A launch was cancelled: its process ends, as the real launcher sees to."""
+        for qemu in self.host.qemus:
+            if qemu.instance == instance:
+                qemu.die("its launch was given up")
+
     def handle(self, name: str) -> FakeVmm:
         """This daemon's connection to the living QEMU of a VM."""
         return self._handles[self.host.qemu(name).instance]

@@ -16,8 +16,10 @@ from migrd.engine.peer_service import PEER_PROTOCOL, PeerService
 from migrd.errors import PeerTimedOut, PeerUnreachable
 from migrd.peer.answering import Reply, answer
 from migrd.peer.asking import WirePeer
+from tests.fakes.gate import Gate
 
 LATENCY_S = 0.0005
+OVERTAKEN_S = 0.4
 LATE_S = 40.0
 """A late message arrives after every deadline of its sender."""
 
@@ -31,6 +33,10 @@ class Loss(Enum):
     """The caller has given up when it arrives."""
     REPEATED = "repeated"
     """Delivered twice, the second time late."""
+    REPEATED_AT_ONCE = "repeated_at_once"
+    """Delivered twice, both on the way at the same time."""
+    OVERTAKEN = "overtaken"
+    """Delayed within the deadline of its sender: later ones come first."""
     UNREACHABLE = "unreachable"
 
 
@@ -41,8 +47,9 @@ Faults = Callable[[str, str, str], Loss | None]
 class Door:
     """Where a daemon answers; its tasks end with it."""
 
-    def __init__(self, service: PeerService) -> None:
+    def __init__(self, service: PeerService, gate: Gate | None = None) -> None:
         self.service = service
+        self._gate = gate
         self.context: Context = copy_context()
         self.tasks: set[asyncio.Task[Any]] = set()
 
@@ -51,6 +58,12 @@ class Door:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
+
+    async def answer(self, caller: str, call: str, body: bytes) -> Reply:
+        """As soon as the daemon does not stand still."""
+        if self._gate is not None:
+            await self._gate.running()
+        return await answer(self.service, caller, call, str(PEER_PROTOCOL), body)
 
     async def close(self) -> None:
         """The daemon is gone: whatever it was answering is cut off."""
@@ -69,6 +82,8 @@ class Road:
         self.faults: Faults = lambda caller, callee, call: None
         self.down: set[tuple[str, str]] = set()
         """(caller, callee): no connection can be made."""
+        self.mute: set[tuple[str, str]] = set()
+        """(caller, callee): a request gets there, and no answer comes back (half open)."""
         self.log: list[tuple[str, str, str]] = []
         self._late: set[asyncio.Task[None]] = set()
 
@@ -78,6 +93,7 @@ class Road:
 
     def heal(self) -> None:
         self.down.clear()
+        self.mute.clear()
         self.faults = lambda caller, callee, call: None
 
     def later(self, caller: str, callee: str, call: str, body: bytes, after_s: float) -> None:
@@ -87,7 +103,7 @@ class Road:
             await asyncio.sleep(after_s)
             door = self.doors.get(callee)
             if door is not None:
-                await door.spawn(answer(door.service, caller, call, str(PEER_PROTOCOL), body))
+                await door.spawn(door.answer(caller, call, body))
 
         task = asyncio.create_task(deliver())
         self._late.add(task)
@@ -122,11 +138,15 @@ class RoadPeer(WirePeer):
             road.later(*way, call, body, LATE_S)
         if loss is Loss.REPEATED:
             road.later(*way, call, body, LATE_S)
+        if loss is Loss.REPEATED_AT_ONCE:
+            road.later(*way, call, body, LATENCY_S)
+        if loss is Loss.OVERTAKEN:
+            await asyncio.sleep(min(OVERTAKEN_S, within_s / 2))
         if loss in (Loss.REQUEST_LOST, Loss.REQUEST_LATE):
             await asyncio.sleep(within_s)
             raise PeerTimedOut(f"{self.name}: no answer to {call} within {within_s:g} s")
         reply = await self._served(door, call, body, within_s)
-        if loss is Loss.ANSWER_LOST:
+        if loss is Loss.ANSWER_LOST or way in road.mute:
             await asyncio.sleep(within_s)
             raise PeerTimedOut(f"{self.name}: no answer to {call} within {within_s:g} s")
         await asyncio.sleep(LATENCY_S)
@@ -136,8 +156,7 @@ class RoadPeer(WirePeer):
 
     async def _served(self, door: Door, call: str, body: bytes, within_s: float) -> Reply:
         """The callee ends what it has begun, unless it is itself ended; only `view` is cut off."""
-        work = answer(door.service, self._caller, call, str(PEER_PROTOCOL), body)
-        task = door.spawn(work)
+        task = door.spawn(door.answer(self._caller, call, body))
         try:
             await asyncio.wait([task], timeout=within_s)
         except asyncio.CancelledError:

@@ -80,13 +80,16 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 class LoopClock:
-    """The engine's Clock, by the running loop."""
+    """The engine's Clock, by the running loop. `jumped_s`: how far its wall clock is off now."""
+
+    def __init__(self, jumped_s: Callable[[], float] = lambda: 0.0) -> None:
+        self._jumped_s = jumped_s
 
     def monotonic_s(self) -> float:
         return asyncio.get_running_loop().time()
 
     def wall_s(self) -> float:
-        return WALL_S + asyncio.get_running_loop().time() - BOOT_S
+        return WALL_S + asyncio.get_running_loop().time() - BOOT_S + self._jumped_s()
 
 
 def now_s() -> float:

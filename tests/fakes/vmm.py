@@ -52,6 +52,9 @@ class FakeVmm:
     def __init__(self, qemu: FakeQemu) -> None:
         self.qemu = qemu
         self.is_connected = True
+        self.is_deaf = False
+        """No event arrives on this connection."""
+        self.event_delay_s = 0.0
         self.is_foreign = False
         """Adopted without proof of life: its death cannot be seen."""
         self._stopped_at_s: float | None = None
@@ -90,6 +93,14 @@ class FakeVmm:
     # Events -------------------------------------------------------------------------------------
 
     def _take_event(self, event: str) -> None:
+        if self.is_deaf:
+            return
+        if self.event_delay_s:
+            asyncio.get_running_loop().call_later(self.event_delay_s, self._heard, event)
+        else:
+            self._heard(event)
+
+    def _heard(self, event: str) -> None:
         if event == "STOP":
             self._stopped_at_s = now_s()
         elif event == "RESUME":
@@ -373,6 +384,8 @@ class FakeVmm:
         await asyncio.sleep(LATENCY_S)
         if self.qemu.ignores_quit:
             raise VmmTimedOut(f"QEMU of {self.vm} was not seen to exit (pid {self.pid})")
+        if self.qemu.guest.asked_to_end is not None:
+            self.qemu.guest.asked_to_end(self.qemu)
         was_whole = self.qemu in self.qemu.guest.whole_copies
         self.qemu.die("terminated by migrd")
         if was_whole:

@@ -97,7 +97,7 @@ class Daemon:
         self._task = asyncio.create_task(self._live(), name=f"daemon-{name}")
 
     def _world(self) -> World:
-        clock, pair, options = LoopClock(), self._pair, self.options
+        clock, pair, options = LoopClock(self.jumped_s), self._pair, self.options
         journal: Any = Gated(self.gate, "journal", self.journal)
         launcher: Any = GatedLauncher(self.gate, self.launcher)
         peers: dict[str, Any] = {
@@ -122,6 +122,10 @@ class Daemon:
             open_pidfd=pidfds_of(hardware.host),
         )
 
+    def jumped_s(self) -> float:
+        """How far somebody has set this host's wall clock wrong."""
+        return self._pair.jumped_s[self.name]
+
     def _arbiter(self) -> Arbiter:
         store = self._pair.arbiter
         if store is None:
@@ -134,7 +138,7 @@ class Daemon:
         pair = self._pair
         _memory_here.set(lambda: pair.memory_bytes[self.name])
         async with self.engine:
-            door = pair.road.doors[self.name] = Door(self.engine.reception)
+            door = pair.road.doors[self.name] = Door(self.engine.reception, self.gate)
             self._ready.set()
             try:
                 await self._stop.wait()
@@ -147,9 +151,11 @@ class Daemon:
         """Until it serves; raises what kept it from starting."""
         ready = asyncio.create_task(self._ready.wait())
         crashed = asyncio.create_task(self.gate.crashed.wait())
-        await asyncio.wait({ready, crashed, self._task}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (ready, crashed):
-            task.cancel()
+        try:
+            await asyncio.wait({ready, crashed, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (ready, crashed):
+                task.cancel()
         await asyncio.wait({ready, crashed})
         if self._task.done() and not self.gate.is_dead:
             await self._task
@@ -182,6 +188,7 @@ class Pair:
         self.road = Road()
         self.hosts = {name: FakeHost(name, self.ground) for name in ("alpha", "beta")}
         self.disks = {name: FakeDisk() for name in self.hosts}
+        self.jumped_s = dict.fromkeys(self.hosts, 0.0)
         self.hardware = {name: Hardware(host) for name, host in self.hosts.items()}
         self.memory_bytes: dict[str, int | None] = dict.fromkeys(self.hosts, 8 * GIB)
         roster = {name: f"https://{name}:7744" for name in self.hosts}

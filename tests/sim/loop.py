@@ -141,6 +141,9 @@ class SimLoop:
         try:
             task = self.create_task(work)
             self._turn(task)
+            left = [task for task in asyncio.all_tasks(self._myself) if not task.done()]
+            assert task.exception() is not None or not left, f"I9: nobody ended {left}"
+            assert task.exception() is not None or not self.untaken, self.untaken
             return task.result()
         finally:
             asyncio._set_running_loop(None)

@@ -38,6 +38,7 @@ from tests.sim.blows import Calls, Messages, Trouble
 from tests.sim.loop import SimLoop
 from tests.sim.schedule import HOSTS, Schedule, Timed
 from tests.sim.tempo import WATCHERS, Tempo, nothing
+from tests.sim.watching import Watch, keep_looking
 from tests.sweep.scripts import BEFORE, DEVICES
 from tests.sweep.sweeping import BROKEN, STAYED
 
@@ -140,7 +141,12 @@ async def _play(schedule: Schedule, ended: Ended) -> None:
         before = BEFORE.get(schedule.script)
         if before is not None:
             await before(pair)
-        trouble = Trouble(pair, arbiter)
+        watch = Watch(pair)
+        watch.begin()
+        trouble = Trouble(pair, watch, arbiter)
+        messages.note = watch.struck
+        for each in calls.values():
+            each.note = watch.struck
         known = {view.id for view in pair.alpha.service.migrations()[1]}
         pair.road.faults = messages
         if arbiter is not None:
@@ -149,12 +155,16 @@ async def _play(schedule: Schedule, ended: Ended) -> None:
         for each in calls.values():
             each.is_armed = True
         keeper = asyncio.create_task(_keep_alive(pair, calls))
+        looker = asyncio.create_task(keep_looking(watch, schedule.looks))
         try:
             await _under_fire(pair, schedule, calls, trouble, known, ended)
             await _check(pair, schedule, trouble, ended)
+            watch.look()
+            assert not watch.wrong, watch.wrong
         finally:
-            keeper.cancel()
-            await asyncio.wait([keeper])
+            for task in (keeper, looker):
+                task.cancel()
+            await asyncio.wait([keeper, looker])
             ended.struck = [
                 *(f"{host}: {what}" for host in HOSTS for what in calls[host].struck),
                 *messages.struck,

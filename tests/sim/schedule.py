@@ -34,6 +34,7 @@ SCRIPTS: Sequence[Script] = (
     scripts.after_a_round_trip,
 )
 HOSTS = ("alpha", "beta")
+LOOKS = 8
 MOST = 8
 """Faults in one schedule."""
 
@@ -85,6 +86,17 @@ WHATS = (
     "ask_again",
     "guest_shuts_down",
     "swallow_ack",
+    "stopped",
+    "crash_loop",
+    "half_open",
+    "disk_slow",
+    "fsync_fails",
+    "events_lost",
+    "events_late",
+    "clock_jumps",
+    "device_fails",
+    "policy",
+    "delete",
 )
 
 
@@ -98,6 +110,8 @@ class Schedule:
     tempo: Tempo = SHIPPED
     arbiter: ArbiterBlows | None = None
     """With an arbiter, and what happens to it."""
+    looks: tuple[float, ...] = ()
+    """When both daemons are asked what they know, in s after the request."""
 
     def __str__(self) -> str:
         first = f"seed {self.seed}: {self.script.__name__} ({self.tempo.name})"
@@ -112,9 +126,9 @@ def from_seed(seed: int, most: int = MOST) -> Schedule:
     count = random_.randint(1, most)
     tempo = BRISK if random_.randrange(SHIPPED_EACH) else SHIPPED
     blows = tuple(_blow(random_, tempo) for _ in range(count))
-    if seed < FIRST_ARBITRATED:
-        return Schedule(seed, script, blows, tempo)
-    return Schedule(seed, script, blows, tempo, arbiter_blows(random_, tempo.lasts_s))
+    looks = tuple(sorted(10 ** random_.uniform(-2.5, 1.0) for _ in range(LOOKS)))
+    arbiter = None if seed < FIRST_ARBITRATED else arbiter_blows(random_, tempo.lasts_s)
+    return Schedule(seed, script, blows, tempo, arbiter, looks)
 
 
 def _blow(random_: random.Random, tempo: Tempo) -> Blow:
