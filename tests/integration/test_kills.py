@@ -201,7 +201,10 @@ async def test_a_destination_proven_dead_after_the_grant_gives_the_guest_back(
             f"/v1/migrations/{migration}:resolve",
             body={"resolution": "destination_fenced", "evidence": "powered off"},
         )
-        await two.ended("alpha", migration)
+        (word,) = (await two.ended("alpha", migration))["resolutions"]
+        assert (word["evidence"], word["outcome"]) == ("powered off", "carried_out")
+        assert word["by"].startswith(f"uid:{os.getuid()}")
+        assert word["known"]["peer_phase"] is None, "nobody answered there"
         await two.counts_on("alpha")
         await two.start_daemon("beta")
         await stays_and_moves_again(two, migration, "rolled_back", "operator_destination_fenced")
