@@ -10,6 +10,7 @@ for a destination that is gone before it had said `started`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ MOST = 5
 """Blows at the arbiter, beside those at everything else."""
 WHATS = ("stall", "cut_off", "slow", "all_cut_off")
 LATE_S = 12.0
+LATE_SHARE = 0.7
+BEGUN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,15 @@ class ArbiterBlows:
 
     requests: tuple[RequestBlow, ...]
     timed: tuple[ArbiterBlow, ...]
+    is_late: bool = False
+    """All of it after the first write: else most of it only keeps a migration from beginning."""
 
 
 def arbiter_blows(random_: random.Random, lasts_s: Sequence[float]) -> ArbiterBlows:
     """By what is left of a seed's randomness."""
+    is_late = random_.random() < LATE_SHARE
     requests = [
-        RequestBlow(random_.randint(1, 12), random_.choice(list(ArbiterTrouble)))
+        RequestBlow(random_.randint(1, 8 if is_late else 12), random_.choice(list(ArbiterTrouble)))
         for _ in range(random_.randint(0, MOST))
     ]
     timed = [
@@ -72,7 +78,7 @@ def arbiter_blows(random_: random.Random, lasts_s: Sequence[float]) -> ArbiterBl
         )
         for _ in range(random_.choice((0, 0, 1, 1, 2)))
     ]
-    return ArbiterBlows(tuple(requests), tuple(timed))
+    return ArbiterBlows(tuple(requests), tuple(timed), is_late)
 
 
 @dataclass
@@ -83,6 +89,7 @@ class Arbiter:
     store: FakeArbiterStore
     struck: list[str] = field(default_factory=list)
     _slow_s: float = LATENCY_S
+    _begun: asyncio.Event = field(default_factory=asyncio.Event)
 
     @classmethod
     def of(cls, blows: ArbiterBlows | None) -> Arbiter | None:
@@ -96,9 +103,12 @@ class Arbiter:
         """From the request for the migration on."""
         pair.replace(fake, "LATE_S", LATE_S)
         losses = {blow.number: blow.trouble for blow in self.blows.requests}
-        seen = [0]
+        seen, written = [0], len(self.store.writes)
 
         def faults(host: str, call: str) -> ArbiterTrouble | None:
+            if self.blows.is_late and len(self.store.writes) == written:
+                return None
+            self._begun.set()
             seen[0] += 1
             trouble = losses.get(seen[0])
             if trouble is not None:
@@ -115,12 +125,20 @@ class Arbiter:
         self.store.heal()
 
     async def _strike(self, blow: ArbiterBlow) -> None:
+        if self.blows.is_late and not await self._has_begun():
+            return
         await asyncio.sleep(blow.at_s)
         self.struck.append(f"{blow.at_s:.4f} s: {blow.what} {blow.host} for {blow.for_s:g} s")
         begin, end = self._ways(blow)
         begin()
         await asyncio.sleep(blow.for_s)
         end()
+
+    async def _has_begun(self) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BEGUN_S):
+                return await self._begun.wait()
+        return False
 
     def _ways(self, blow: ArbiterBlow) -> tuple[Callable[[], None], Callable[[], None]]:
         store, both = self.store, {"alpha", "beta"}

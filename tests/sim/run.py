@@ -232,8 +232,10 @@ async def _calm(
 
 
 def _all_live(pair: Pair) -> bool:
+    """They serve: one that is still looking at what it finds does not."""
     daemons = [pair.daemons.get(host) for host in HOSTS]
-    return all(daemon is not None and not daemon.gate.is_dead for daemon in daemons)
+    serve = pair.road.doors.keys() >= set(HOSTS)
+    return serve and all(daemon is not None and not daemon.gate.is_dead for daemon in daemons)
 
 
 async def _keep_alive(pair: Pair, calls: dict[str, Calls]) -> None:
