@@ -52,18 +52,26 @@ class Member:
     def __init__(self, name: str, client_port: int, peer_port: int, directory: Path) -> None:
         self.name = name
         self.client_port = client_port
-        self.peer_url = f"http://127.0.0.1:{peer_port}"
+        self.peer_port = peer_port
         self.directory = directory
+        self.address = "127.0.0.1"
+        self.enter: tuple[str, ...] = ()
+        """Put before its command: what enters a network namespace."""
         self.scheme = "http"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        return f"{self.scheme}://127.0.0.1:{self.client_port}"
+        return f"{self.scheme}://{self.address}:{self.client_port}"
+
+    @property
+    def peer_url(self) -> str:
+        return f"http://{self.address}:{self.peer_port}"
 
     def run(self, binary: Path, cluster: str, *more: str) -> None:
         """Start it, for the first time or again; see `Cluster.until_ready`."""
         command = [
+            *self.enter,
             str(binary),
             *("--name", self.name, "--data-dir", str(self.directory / self.name)),
             *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),
@@ -161,7 +169,7 @@ class Cluster:
 
     def _until_listening(self) -> None:
         for member in self.members:
-            address = ("127.0.0.1", member.client_port)
+            address = (member.address, member.client_port)
             _until(lambda a=address: socket.create_connection(a, 1).close(), member.directory)
 
     def leader(self) -> Member:

@@ -189,18 +189,23 @@ def _odd_txn(odd: Odd) -> Callable[[str, bytes], Odd | None]:
 async def test_a_write_that_took_effect_without_an_answer_is_found_and_not_repeated(
     single: Cluster, odd: Odd
 ) -> None:
-    vm = f"lost-{id(odd)}"
-    async with OddServer(single.urls[0]) as server:
-        async with client(server.url, single.urls[0], within_s=3.0) as arbiter:
-            server.answers = lambda path, body: None
-            claimed = await arbiter.claim(vm, "alpha", 1, MIGRATION)
-            server.answers = _odd_txn(odd)
-            given = await arbiter.assign(
-                claimed, "beta", epoch=1, started=False, migration_id=MIGRATION
-            )
-            assert given.revision > claimed.revision
-            assert await arbiter.read(vm) == given
-        assert server.paths.count("/v3/kv/txn") == 2, "the claim's, and one that was lost"
+    vm = f"lost-{odd.status}-{len(odd.body)}-{odd.is_cut}"
+    async with (
+        OddServer(single.urls[0]) as server,
+        OddServer(single.urls[0]) as other,
+        client(server.url, other.url, within_s=3.0) as arbiter,
+    ):
+        server.answers = other.answers = lambda path, body: None
+        claimed = await arbiter.claim(vm, "alpha", 1, MIGRATION)
+        server.answers = _odd_txn(odd)
+        server.paths.clear()
+        given = await arbiter.assign(
+            claimed, "beta", epoch=1, started=False, migration_id=MIGRATION
+        )
+        assert given.revision > claimed.revision
+        assert server.paths == ["/v3/kv/txn"]
+        assert other.paths == ["/v3/kv/range"], "read, and found to be there"
+        assert await arbiter.read(vm) == given
 
 
 async def test_a_write_that_never_arrived_is_made_on_another_member(single: Cluster) -> None:
