@@ -14,7 +14,8 @@ proven gone (the launcher says so); else it is unreachable, and asked for again.
 running and is in no journal is left alone and shown, never ended on doubt.
 
 All migrations are looked at at once, and each goes on as soon as its own facts are there: one
-silent peer holds up nobody else, and the start by less than a second.
+silent peer holds up nobody else, and the start by less than a second. VMs at rest are watched only
+after that: two hundred of them have much to say at first.
 """
 
 import asyncio
@@ -66,6 +67,8 @@ async def recover(migrations: Migrations, strays: Strays) -> None:
     except IllegalTransition as exc:
         raise JournalError(f"the journal makes no sense: {exc}", code="journal_corrupt") from exc
     await strays.see_to(recovery.left)
+    for entry in migrations.vms.all():
+        migrations.vms.watch(entry)
     migrations.start_pending()
     now_s = world.clock.monotonic_s()
     log.info(
@@ -129,7 +132,8 @@ class _Recovery:
                 vmm=vmm,
                 managed=managed,
                 decision=stored.decision,
-            )
+            ),
+            watched=False,
         )
         action = decide(AtRest(stored.here, _fate(vmm)))
         say = log.error if action.alarm else log.debug

@@ -112,13 +112,14 @@ class VmTable:
             raise NotFound(f"no VM named {name} is known here", code="unknown_vm")
         return entry
 
-    def put(self, entry: Entry) -> Entry:
-        """Add or replace; its QEMU is watched from here on."""
+    def put(self, entry: Entry, *, watched: bool = True) -> Entry:
+        """Add or replace; its QEMU is watched from here on, or from `watch` on."""
         old = self._entries.get(entry.spec.name)
         if old is not None and old is not entry:
             self._unwatch(old)
         self._entries[entry.spec.name] = entry
-        self.watch(entry)
+        if watched:
+            self.watch(entry)
         self.changed(entry)
         return entry
 

@@ -3,6 +3,7 @@
     moving    migrd beside a bare QMP script, with TLS: total time, blackout, where each ms goes
     virsh     migrd beside `virsh migrate` and the script, without TLS
     watching  one daemon that watches 200 VMs at 1 Hz
+    recovery  a daemon restarted with 200 VMs, 40 of them in migrations whose other side is silent
     scraping  a scrape of 10,000 series
     calls     one QMP command, one journal record, one message to a peer
     handover  journals and round trips of the handover at 1 ms round trip, with and without etcd
@@ -40,6 +41,7 @@ from tests.bench import (
     inventory,
     loop_lag,
     moving,
+    recovery,
     scraping,
     virsh,
     watching,
@@ -51,6 +53,7 @@ BENCHES: Final[Mapping[str, Callable[[int], Awaitable[Table]]]] = {
     "moving": moving.run,
     "virsh": virsh.run,
     "watching": watching.run,
+    "recovery": recovery.run,
     "scraping": scraping.run,
     "calls": calls.run,
     "handover": handover.run,

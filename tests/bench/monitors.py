@@ -85,7 +85,7 @@ class Monitors:
             message, end = decoder.raw_decode(text)  # what a client sends comes in one piece
             text = text[end:]
             self._count(count)
-            result = self._answers[message["execute"]]
+            result = self._answers.get(message["execute"], b"{}")
             id_ = b', "id": ' + json.dumps(message["id"]).encode() if "id" in message else b""
             _send(client, b'{"return": %b%b}\r\n' % (result, id_))
 
