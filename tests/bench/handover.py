@@ -329,7 +329,8 @@ def _line(what: str, mean_ms: float, each_ms: Sequence[float]) -> str:
 
 
 def _ground(fsyncs_s: Sequence[float], hellos_s: Sequence[float]) -> str:
-    lines = ["beside it, in the same run, ms: p50, p99"]
+    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
+    lines = [f"beside it, in the same run, ms: p50, p99 (load of the machine: {load})"]
     for what, each in (
         (f"a write of {FSYNC_BYTES} bytes with its fsync on this disk", fsyncs_s),
         (f"a message and its answer ({2000 * ONE_WAY_S:g} ms of road)", hellos_s),
