@@ -91,14 +91,12 @@ class Roster:
         answer: KeepAliveAnswer = await self._gateway.call(LEASE_KEEPALIVE, lease, KeepAliveAnswer)
         if answer.result.ttl_s > 0:
             self._kept_s = kept_s
-        else:
-            self._lease = None
-            await self._enter()
+        # else its entry is gone with it, and is found so now
 
     async def _read_back(self) -> None:
         own = {"key": encoded_key(self._key)}
         entry = await self._gateway.call(RANGE, own, RangeAnswer, lambda a: a.entry(self._key))
-        if entry is None:  # expired between two looks, or somebody removed it
+        if entry is None:  # expired, or somebody removed it
             self._lease = self.rival = None
             await self._enter()
         else:
