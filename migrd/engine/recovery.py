@@ -269,6 +269,7 @@ def _say(
         side=side,
         phase=facts.phase.value,
         own=str(facts.own),
+        pid=None if of.vmm is None else of.vmm.pid,
         other_side=other.value,
         arbiter=facts.record.value,
         deed=action.deed.value,

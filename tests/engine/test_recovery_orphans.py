@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import structlog
 
+from migrd import failpoints
 from migrd.core.facts import QemuStatus, RunState, VmSpec
 from migrd.core.phases import Phase
+from tests.engine.arbitrating import arbitrated, record
 from tests.engine.test_steering import never_converges
+from tests.fakes.arbiter import FakeArbiter
 from tests.fakes.qemu_process import FakeQemu
 from tests.fakes.virtual_time import until
 from tests.fakes.world import VM, Pair, running_pair
@@ -198,3 +201,35 @@ async def test_a_second_process_is_said_once_and_taken_for_the_vm_when_the_first
         pair.guest().may_end = True
         first.die("killed")
         await until(lambda: pair.alpha.service.vm(VM).pid == second.pid, within_s=10.0)
+
+
+# The arbiter's record ----------------------------------------------------------------------------
+
+
+async def test_a_guest_that_was_given_to_another_host_meanwhile_is_not_started_here() -> None:
+    """beta is killed right before `cont`; then a person declares it dead, which it is not."""
+    async with arbitrated() as (pair, store):
+
+        def kill(point: str) -> None:
+            if point == "destination.start_ordered.journalled":
+                pair.beta.gate.crash()
+
+        with failpoints.observing(kill):
+            migration_id = await pair.ask()
+            await pair.beta.gate.crashed.wait()
+        await pair.kill("beta")
+        found = record(store)
+        assert found is not None
+        assert (found.owner, found.started) == ("beta", True)
+        fencing = FakeArbiter(store, "a-person")
+        await fencing.assign(
+            found, "alpha", epoch=found.epoch, started=True, migration_id=migration_id
+        )
+        assert (await pair.until_over(migration_id)).phase == Phase.ROLLED_BACK
+        assert pair.running_on() == "alpha"
+        [said] = await started(pair, "beta")
+        assert (said["deed"], said["log_level"]) == ("leave_alone", "error")
+        assert said["arbiter"] == "other_host_started"
+        await asyncio.sleep(120.0)
+        assert pair.running_on() == "alpha", "and nowhere else"
+        assert [run.host for run in pair.guest().runs].count("beta") == 0
