@@ -10,6 +10,7 @@ from migrd.core.handover import DestinationPhase, DestinationTrigger
 from migrd.core.phases import Phase
 from tests.sim.run import Wrong, play
 from tests.sim.schedule import Schedule, Struck, Timed, from_seed
+from tests.sim.tempo import BRISK
 from tests.sweep import scripts
 from tests.sweep.test_mutants import resume_on_a_time_out
 
@@ -40,6 +41,18 @@ FOUND = [
                 Struck("beta", 12, 7, 45.0),  # killed after `cont`
                 Timed(0.367, "guest_shuts_down", "beta", 70.0),
             ),
+        ),
+    ),
+    (
+        "limits that QEMU refused were never said again: held in precopy for good",
+        Schedule(
+            10**12 + 1268,
+            scripts.throttled,
+            (
+                Struck("alpha", 11, 2, 0.05),  # the destination seems to be away: hold
+                Struck("alpha", 14, 23, 0.0),  # it is there again; the monitor refuses the limits
+            ),
+            BRISK,
         ),
     ),
 ]
