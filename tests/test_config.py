@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from migrd.arbiter.access import AccessFiles
-from migrd.config import ArbiterKind, Settings, explain, load
+from migrd.config import Settings, explain, load
 from migrd.config.checks import INSTANCE_ROOM_BYTES, SUN_PATH_BYTES, conflicts
 from migrd.config.loading import known_keys
 from migrd.config.reference import EXAMPLES, reference
 from migrd.core.migration import Policy, WhenNotConverging
 from migrd.engine.options import EngineOptions
-from migrd.engine_settings import etcd_options
 from migrd.errors import ConfigError
 from migrd.qemu.launch import QemuLauncher
 from migrd.qemu.profile_files import Profiles
@@ -32,12 +30,6 @@ ca = "/a"
 tls_dir = "/t"
 [peers.host-b]
 url = "https://192.0.2.2:7443"
-"""
-
-ETCD = """
-[arbiter]
-kind = "etcd"
-endpoints = ["https://192.0.2.10:2379"]
 """
 
 Load = Callable[..., Settings]
@@ -222,19 +214,6 @@ def test_the_longest_runtime_dir_allowed_is_one_that_the_launcher_can_use() -> N
     QemuLauncher(Profiles(), Path(longest))
 
 
-def test_an_arbiter_is_what_the_settings_say(load_text: Load, tmp_path: Path) -> None:
-    assert Settings().arbiter.kind is ArbiterKind.JOURNAL
-    (tmp_path / "etcd-password").write_text("x")
-    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
-    text = f'[host]\nname = "Alpha"\n{PEER}{ETCD}user = "migrd"\nrequest_timeout_ms = 1500\n'
-    options = etcd_options(load_text(text, environ))
-    assert (options.host, options.endpoints) == ("alpha", ("https://192.0.2.10:2379",))
-    assert (options.within_s, options.lease_ttl_s, options.prefix) == (1.5, 15, "/migrd")
-    assert options.files == AccessFiles(user="migrd", password_file=tmp_path / "etcd-password")
-    assert options.about["peer"] == "192.0.2.1:7443"
-    assert options.about["api"] is None
-
-
 # Wrong values: each names the key, where it stands, what was found and what would be right
 
 BAD = [
@@ -295,46 +274,6 @@ BAD = [
         'tls_cert = "/c"\ntls_key = "/k"\n',
         ["peer.listen_port = 7443", "api.tcp.port"],
     ),
-    ('[arbiter]\nkind = "zookeeper"\n', ['arbiter.kind = "zookeeper"', "'journal' or 'etcd'"]),
-    (
-        '[arbiter]\nkind = "etcd"\n',
-        ["arbiter.endpoints is not set", 'arbiter.kind = "etcd"', "https://192.0.2.10:2379"],
-    ),
-    (
-        '[arbiter]\nendpoints = ["http://127.0.0.1:2379"]\n',
-        ['arbiter.kind = "journal"', 'set kind = "etcd"', "remove the endpoints"],
-    ),
-    (
-        '[arbiter]\nkind = "etcd"\nendpoints = ["127.0.0.1:2379"]\n',
-        ["arbiter.endpoints[0]", "https://<address>:<port>"],
-    ),
-    (
-        '[arbiter]\nkind = "etcd"\nendpoints = ["https://u:p@h:2379"]\n',
-        ["arbiter.endpoints[0]", "without user"],
-    ),
-    (
-        '[arbiter]\nkind = "etcd"\nendpoints = ["https://h:0"]\n',
-        ["arbiter.endpoints[0]", "https://<address>:<port>"],
-    ),
-    (
-        '[arbiter]\nkind = "etcd"\nendpoints = ["https://h:1", "https://h:1/"]\n',
-        ["arbiter.endpoints", "names https://h:1 twice"],
-    ),
-    (
-        '[arbiter]\nkind = "etcd"\nendpoints = ["https://h:1", "http://i:1"]\n',
-        ["arbiter.endpoints", "mixed", "use https:// for all"],
-    ),
-    (
-        ETCD.replace("https", "http") + 'user = "u"\npassword_file = "/p"\n',
-        ["arbiter.endpoints", "http://192.0.2.10:2379", "in the clear", "use https://"],
-    ),
-    (ETCD + 'user = "u"\n', ["arbiter.password_file is not set", "go together"]),
-    (ETCD + 'password_file = "/p"\n', ["arbiter.user is not set", "go together"]),
-    (ETCD + 'cert = "/c"\n', ["arbiter.key is not set", "go together"]),
-    (ETCD + 'ca = "ca.pem"\n', ["arbiter.ca", "absolute path"]),
-    (ETCD + 'prefix = "migrd/"\n', ["arbiter.prefix", "should be as /migrd"]),
-    (ETCD + "lease_ttl_s = 1\n", ["arbiter.lease_ttl_s = 1", "equal to 5"]),
-    (ETCD + "request_timeout_ms = 10\n", ["arbiter.request_timeout_ms = 10", "equal to 100"]),
     (f'[api]\nsocket = "/{"x" * 107}"\n', ["api.socket", "108 bytes", "at most 107"]),
     (f'[host]\nruntime_dir = "/{"r" * 70}"\n', ["host.runtime_dir", "71 bytes", "each QEMU"]),
     (
