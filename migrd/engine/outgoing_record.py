@@ -37,18 +37,10 @@ class OutgoingRecord:
     """The source's side of one migration, without the task that moves it."""
 
     def __init__(
-        self,
-        world: World,
-        stored: StoredRequest,
-        state: MigrationState,
-        vmm: Vmm,
-        peer: Peer,
+        self, world: World, stored: StoredRequest, state: MigrationState, vmm: Vmm, peer: Peer
     ) -> None:
-        self.world = world
-        self.stored = stored
-        self.state = state
-        self.vmm = vmm
-        self.peer = peer
+        self.world, self.stored, self.state = world, stored, state
+        self.vmm, self.peer = vmm, peer
         self.generation = state.events_applied
         self.resource_version = 0
         self.sample: TransferSample | None = None

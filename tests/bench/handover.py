@@ -21,7 +21,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from unittest import mock
 
 import structlog
@@ -48,6 +48,8 @@ from tests.fakes.launcher import FakeHost, FakeLauncher, Ground
 from tests.fakes.qemu_process import FakeQemu
 from tests.peer.fleet import Fleet
 from tests.setup import debian
+
+T = TypeVar("T")
 
 ONE_WAY_S: Final = 0.0005
 MOVES_A_RUN: Final = 40
@@ -202,43 +204,42 @@ async def rig(directory: Path, etcd_port: int | None = None) -> AsyncIterator[Ri
         await asyncio.to_thread(stack.enter_context, child)
         stack.enter_context(_told(moments))
         tls = [await fleet.tls(name) for name in HOSTS]
-        hosts = (FakeHost(HOSTS[0], ground), FakeHost(HOSTS[1], ground))
         peers, engines, journals = [], [], []
         for n, name in enumerate(HOSTS):
-            other = 1 - n
-            peer = HttpPeer(HOSTS[other], f"https://127.0.0.1:{far[other]}", tls[n])
+            other = HOSTS[1 - n]
+            peer = HttpPeer(other, f"https://127.0.0.1:{far[1 - n]}", tls[n])
             stack.push_async_callback(peer.close)
-            peers.append(peer)
             journal = await stack.enter_async_context(open_journal(directory / f"{name}.db"))
-            journals.append(journal)
-            arbiter: Arbiter = NoArbiter()
-            if etcd_port is not None:
-                at = EtcdOptions(name, (f"http://127.0.0.1:{etcd_port}",), prefix="/bench")
-                arbiter = await stack.enter_async_context(connect_arbiter(at))
-            options = EngineOptions(host=name, migrd_version="0", peers={HOSTS[other]: "x"})
-            launcher = FakeLauncher(hosts[n])
+            arbiter = await _arbiter(stack, name, etcd_port)
+            launcher = FakeLauncher(FakeHost(name, ground))
             stack.callback(launcher.close)
-            clock = SystemClock()
-            stream = Stream(history=256, queue=256, wall_s=clock.wall_s)
-            world = World(options, journal, launcher, {HOSTS[other]: peer}, stream, arbiter=arbiter)
+            stream = Stream(history=256, queue=256, wall_s=SystemClock().wall_s)
+            options = EngineOptions(host=name, migrd_version="0", peers={other: "x"})
+            world = World(options, journal, launcher, {other: peer}, stream, arbiter=arbiter)
             engine = await stack.enter_async_context(Engine(world))
-            engines.append(engine)
-            roster = frozenset(HOSTS) - {name}
-            serving = serve_peers(engine.reception, roster, tls[n], "127.0.0.1", own[n])
+            serving = serve_peers(engine.reception, {other}, tls[n], "127.0.0.1", own[n])
             await stack.enter_async_context(serving)
+            peers.append(peer)
+            engines.append(engine)
+            journals.append(journal)
         for peer in peers:
             await peer.warm()
             warming = asyncio.create_task(peer.keep_warm())
             stack.push_async_callback(_end, warming)
         await engines[0].service.define_vm(VmSpec(VM, "tiny"), dry_run=False)
         await engines[0].service.start_vm(VM)
-        yield Rig(
-            (engines[0], engines[1]),
-            (peers[0], peers[1]),
-            (journals[0], journals[1]),
-            moments,
-            directory,
-        )
+        yield Rig(_both(engines), _both(peers), _both(journals), moments, directory)
+
+
+async def _arbiter(stack: contextlib.AsyncExitStack, name: str, etcd_port: int | None) -> Arbiter:
+    if etcd_port is None:
+        return NoArbiter()
+    at = EtcdOptions(name, (f"http://127.0.0.1:{etcd_port}",), prefix="/bench")
+    return await stack.enter_async_context(connect_arbiter(at))
+
+
+def _both(two: Sequence[T]) -> tuple[T, T]:
+    return two[0], two[1]
 
 
 async def _end(task: "asyncio.Task[None]") -> None:
