@@ -15,10 +15,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from tests.long.judging import (
     restarts_within,
     start_anew,
 )
-from tests.long.schedule import EVERY, Schedule, every_failpoint, from_seed
+from tests.long.schedule import EVERY, GROUP, Schedule, every_failpoint, from_seed
 from tests.setup import debian
 
 ONE_S = 400.0
@@ -111,15 +110,38 @@ async def guest_of(schedule: Schedule, births: Nursery) -> AsyncIterator[Field]:
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
 
-async def run(seeds: Iterator[int], until_s: float, out: Path | None) -> list[Result]:
-    """All of them, or as many as there is time for."""
+@dataclass(frozen=True)
+class Wanted:
+    """How much is to be run."""
+
+    first: int
+    migrations: int
+    restarts: int
+    """Go on until there were so many, too."""
+    until_s: float
+
+    def after(self, seed: int, results: list[Result]) -> list[Schedule]:
+        """What comes next, of one group; nothing when there is enough."""
+        end, stop = self.first + self.migrations, (seed // GROUP + 1) * GROUP
+        if seed < end:
+            stop = min(stop, end)
+        elif sum(result.restarts for result in results) >= self.restarts:
+            stop = seed
+        return [from_seed(one) for one in range(seed, stop)]
+
+
+async def run(wanted: Wanted, out: Path | None) -> list[Result]:
+    """All of it, or as much as there is time for."""
     results: list[Result] = []
+    seed = wanted.first
     async with nursery() as births:
-        for _, group in groupby(map(from_seed, seeds), key=lambda one: one.group):
-            left = list(group)
-            while left and time.monotonic() < until_s:
+        while left := wanted.after(seed, results):
+            seed += len(left)
+            while left and time.monotonic() < wanted.until_s:
                 async with guest_of(left[0], births) as two:
-                    await _while_it_lives(two, left, until_s, results, out)
+                    await _while_it_lives(two, left, wanted.until_s, results, out)
+            if left:
+                break
     return results
 
 
@@ -186,7 +208,7 @@ def main() -> int:
     parser.add_argument("--seed-from", type=int, default=1)
     parser.add_argument("--every-failpoint", action="store_true", help="each of them by name")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--restarts", type=int, default=0, help="fail below so many")
+    parser.add_argument("--restarts", type=int, default=0, help="go on until so many, too")
     parser.add_argument("--results", type=Path, help="append to this file, one JSON a line")
     parser.add_argument("--sum", type=Path, nargs="+", help="add up such files, run nothing")
     options = parser.parse_args()
@@ -196,13 +218,11 @@ def main() -> int:
     first, count = options.seed_from, options.migrations
     if options.every_failpoint:
         first, count = EVERY, len(every_failpoint())
-    seeds = iter(range(first, first + count))
     until_s = time.monotonic() + options.seconds
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # daemons and QEMUs end with us
-    results = asyncio.run(run(seeds, until_s, options.results))
-    code = summary([asdict(result) for result in results])
-    restarts = sum(result.restarts for result in results)
-    return code or int(restarts < options.restarts)
+    wanted = Wanted(first, count, options.restarts, until_s)
+    results = asyncio.run(run(wanted, options.results))
+    return summary([asdict(result) for result in results])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from migrd import failpoints
+from tests.long.__main__ import Result, Wanted
 from tests.long.ground import Ground
 from tests.long.schedule import EVERY, every_failpoint, from_seed
 
@@ -66,3 +67,12 @@ def test_an_older_qemu_that_runs_after_a_younger_one_is_a_double_run() -> None:
     ground.saw(1, "running", 1.3, 1.4)
     assert ground.violations
     assert ground.runs == 2
+
+
+def test_a_run_goes_on_until_there_are_enough_migrations_and_enough_restarts() -> None:
+    wanted = Wanted(first=5, migrations=20, restarts=7, until_s=0.0)
+    assert [one.seed for one in wanted.after(5, [])] == list(range(5, 20))
+    assert [one.seed for one in wanted.after(20, [])] == list(range(20, 25))
+    result = Result(1, "", "10", "", restarts=6)
+    assert [one.seed for one in wanted.after(25, [result])] == list(range(25, 40))
+    assert not wanted.after(40, [result, result])
