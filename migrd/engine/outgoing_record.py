@@ -58,12 +58,7 @@ class OutgoingRecord:
         self.resumed = False
         """True when this task took over from an earlier daemon process."""
         self.cancel_wished = False
-        self.decision: Callable[[], StandingDecision | None] = lambda: None
-        """About the VM's passthrough devices, as it stands here."""
-        self.plan_now: Callable[[], Awaitable[Plan | None]] = self._plan_that_stands
-        """The same from the facts of now. Raises MigrdError."""
-        self.spec_now: Callable[[], VmSpec] = lambda: stored.spec
-        """With the guest slots that its devices are seen in."""
+        self._know_nothing_of_devices()
         self.may_have_run = True
         """The source may have executed since the copy at the destination was taken. False only
         while this process has watched it stand still without a gap."""
@@ -74,6 +69,15 @@ class OutgoingRecord:
         self._deadline = Deadline(state.timeline[0].monotonic_s)
         self._unkept: deque[tuple[str, dict[str, object]]] = deque(maxlen=KEPT_ROUNDS)
         self.log = log.bind(vm=stored.request.vm, migration_id=stored.id)
+
+    def _know_nothing_of_devices(self) -> None:
+        """Until whoever knows the VM says what stands."""
+        self.decision: Callable[[], StandingDecision | None] = lambda: None
+        """About the VM's passthrough devices, as it stands here."""
+        self.plan_now: Callable[[], Awaitable[Plan | None]] = self._plan_that_stands
+        """The same from the facts of now. Raises MigrdError."""
+        self.spec_now: Callable[[], VmSpec] = lambda: self.stored.spec
+        """With the guest slots that its devices are seen in."""
 
     # Facts ------------------------------------------------------------------------------------
 
