@@ -85,6 +85,7 @@ class FakeJournal:
         """Writes that are not acknowledged yet."""
         self.fsync_fails = False
         """The next record gets to the disk, its write fails, and so do all after it."""
+        self._is_broken = False
         self.is_slow = False
         """While True each write takes `SLOW_S` to be acknowledged."""
         self.is_full = False
@@ -244,14 +245,14 @@ class FakeJournal:
     async def _commit(self, effect: Callable[[], None]) -> None:
         self.writes += 1
         fails = self.writes == self.fail_on
-        if self.is_full or (fails and not self.after_effect):
+        if self.is_full or self._is_broken or (fails and not self.after_effect):
             await asyncio.sleep(self.commit_s)
             raise JournalError("the disk is full", code="journal_disk_full")
         effect()
         if fails:
             raise Crashed
         if self.fsync_fails:
-            self.is_full = True
+            self._is_broken = True  # whatever becomes of the disk: what it holds is in doubt
             raise JournalError("fsync failed", code="journal_io_error")
         await asyncio.sleep(SLOW_S if self.is_slow else self.commit_s)
 
