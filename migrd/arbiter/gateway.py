@@ -87,8 +87,8 @@ class Gateway:
         """What `read` makes of the answer of whichever member gives one; a ValueError of it says
         that this answer cannot be right."""
         body = json.dumps(message).encode()
-        for _ in self.endpoints:
-            url = self.endpoints[self._preferred]
+        first = self._preferred  # others move it meanwhile
+        for url in (*self.endpoints[first:], *self.endpoints[:first]):
             found: A | Failed = await self.ask(url, op, body, answer)
             if not isinstance(found, Failed):
                 try:
@@ -102,7 +102,7 @@ class Gateway:
             self._avoid(url)
             if op.is_write and found.may_have_applied:
                 raise ArbiterUnavailable(f"{url}: {found.words}: not known whether it took effect")
-        raise ArbiterUnavailable(self.words())
+        raise ArbiterUnavailable(f"no usable answer from etcd: {self.words()}")
 
     def words(self) -> str:
         """Why the members that do not answer do not, in one line."""

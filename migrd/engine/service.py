@@ -305,7 +305,8 @@ class Answer:
 @dataclass(frozen=True)
 class Published:
     """One event of the stream. `id` grows by one; `kind` is e.g. migration.phase,
-    migration.round, migration.decision, vm.changed, vm.verdict_changed, peer.changed,
+    migration.round, migration.decision, vm.changed, vm.verdict_changed, peer.changed, arbiter.reachable,
+    arbiter.unreachable,
     device.changed, iommu.changed, host.changed, events.lost."""
 
     id: int
