@@ -305,9 +305,9 @@ class Answer:
 @dataclass(frozen=True)
 class Published:
     """One event of the stream. `id` grows by one; `kind` is e.g. migration.phase,
-    migration.round, migration.decision, vm.changed, vm.verdict_changed, peer.changed, arbiter.reachable,
-    arbiter.unreachable,
-    device.changed, iommu.changed, host.changed, events.lost."""
+    migration.round, migration.decision, vm.changed, vm.verdict_changed, peer.changed,
+    arbiter.reachable, arbiter.unreachable, device.changed, iommu.changed, host.changed,
+    events.lost."""
 
     id: int
     wall_s: float
