@@ -14,7 +14,7 @@ from tests.fakes.virtual_time import VirtualTimeLoop
 
 
 def pytest_asyncio_loop_factories(config: Any, item: Any) -> Mapping[str, Any]:
-    if item.path.name in ("test_fake.py", "test_writes.py"):
+    if item.path.name in ("test_fake.py", "test_mutants.py", "test_writes.py"):
         return {"virtual": VirtualTimeLoop}
     return {"real": asyncio.new_event_loop}
 
