@@ -16,6 +16,21 @@ from tests.fakes.arbiter import PREFIX, FakeArbiterStore
 from tests.fakes.virtual_time import now_s, until
 from tests.fakes.world import VM, Pair
 
+AROUND = (
+    "source.transfer_completed.journalled",
+    "source.assign.deciding",
+    "source.assign.done",
+    "source.grant.deciding",
+    "destination.grant_received.deciding",
+    "destination.grant_received.journalled",
+    "destination.mark_started.deciding",
+    "destination.mark_started.done",
+    "destination.start_ordered.deciding",
+    "destination.start_ordered.journalled",
+    "destination.cont.deciding",
+    "destination.cont.done",
+)
+"""Every step from the grant to the start."""
 BLACKOUT_S = 12.0
 """With the arbiter, or a host, away at the worst moment: two deadlines of a switchover."""
 

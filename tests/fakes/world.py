@@ -6,6 +6,8 @@
 
 A daemon is killed, not stopped: from that instant none of its calls has an effect. `Pair` looks at
 the ground truth when a test ends: no violation, whatever the test was about.
+
+Somewhat longer than other modules because it is the one place that knows all fakes.
 """
 
 from __future__ import annotations

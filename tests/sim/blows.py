@@ -85,6 +85,16 @@ class Trouble:
         self.struck: list[str] = []
         self.undo: list[Callable[[], None]] = []
 
+    def arm_arbiter(self) -> None:
+        """From here on its requests are struck, where there is one."""
+        if self.arbiter is not None:
+            self.arbiter.arm(self._pair)
+            self.undo.append(self.arbiter.heal)
+
+    @property
+    def all_struck(self) -> list[str]:
+        return [*self.struck, *([] if self.arbiter is None else self.arbiter.struck)]
+
     async def strike(self, blow: Timed) -> None:
         await asyncio.sleep(blow.at_s)
         self._watch.struck()

@@ -112,9 +112,9 @@ def _heard(tempo: Tempo) -> Iterator[list[EventDict]]:
         structlog.configure(**before)
 
 
-async def _play(schedule: Schedule, ended: Ended) -> None:
+def _paired(schedule: Schedule, arbiter: Arbiter | None) -> Pair:
+    """Both hosts, at the schedule's pace."""
     tempo = schedule.tempo
-    arbiter = Arbiter.of(schedule.arbiter)
     pair = Pair(arbiter=None if arbiter is None else arbiter.store, **tempo.options)
     names = Names(schedule.seed)
     for module, name, value in tempo.constants:
@@ -126,12 +126,18 @@ async def _play(schedule: Schedule, ended: Ended) -> None:
             pair.replace(owner, watcher, nothing)
     for disk in pair.disks.values():
         disk.is_sealed = tempo.is_sealed
-    calls = {host: Calls(schedule.blows, host) for host in HOSTS}
-    messages = Messages(schedule.blows)
-    pair.plans.update(calls)
     if schedule.script in DEVICES:
         for hardware in pair.hardware.values():
             hardware.show(TRUTH)
+    return pair
+
+
+async def _play(schedule: Schedule, ended: Ended) -> None:
+    arbiter = Arbiter.of(schedule.arbiter)
+    pair = _paired(schedule, arbiter)
+    calls = {host: Calls(schedule.blows, host) for host in HOSTS}
+    messages = Messages(schedule.blows)
+    pair.plans.update(calls)
     if schedule.script not in DEVICES:
         await _placed(pair)
     async with pair:
@@ -149,9 +155,7 @@ async def _play(schedule: Schedule, ended: Ended) -> None:
             each.note = watch.struck
         known = {view.id for view in pair.alpha.service.migrations()[1]}
         pair.road.faults = messages
-        if arbiter is not None:
-            arbiter.arm(pair)
-            trouble.undo.append(arbiter.heal)
+        trouble.arm_arbiter()
         for each in calls.values():
             each.is_armed = True
         keeper = asyncio.create_task(_keep_alive(pair, calls))
@@ -165,12 +169,8 @@ async def _play(schedule: Schedule, ended: Ended) -> None:
             for task in (keeper, looker):
                 task.cancel()
             await asyncio.wait([keeper, looker])
-            ended.struck = [
-                *(f"{host}: {what}" for host in HOSTS for what in calls[host].struck),
-                *messages.struck,
-                *trouble.struck,
-                *([] if arbiter is None else arbiter.struck),
-            ]
+            by_calls = [f"{host}: {what}" for host in HOSTS for what in calls[host].struck]
+            ended.struck = [*by_calls, *messages.struck, *trouble.all_struck]
 
 
 async def _placed(pair: Pair) -> None:
