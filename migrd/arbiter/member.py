@@ -22,6 +22,7 @@ import aiohttp
 from yarl import URL
 
 from migrd.arbiter.answers import Answer, first_fault, problem_of, shown
+from migrd.engine.threads import in_thread
 
 Observe = Callable[[str, str, float], None]
 """(op, result, seconds) of each request; results are RESULTS."""
@@ -38,6 +39,7 @@ _CURES: Final = {
     "database space exceeded": "compact and defragment etcd, then: etcdctl alarm disarm",
 }
 _ANSWER_BYTES: Final = 8 << 20
+_READ_ON_LOOP_BYTES: Final = 1 << 15
 _IDLE_S: Final = 60.0
 _CONNECTIONS_AT_MOST: Final = 16
 
@@ -96,7 +98,7 @@ class Members:
         try:
             async with asyncio.timeout(self._attempt_s):
                 status, text = await self._post(url, op, body, tls, token, attempt)
-            found = answer.model_validate_json(text) if status == 200 else _refusal(status, text)
+            found = await _read(status, text, answer)
         except TimeoutError:  # an OSError too: first
             found = self._late(attempt)
         except (aiohttp.ClientError, OSError) as failure:
@@ -139,6 +141,15 @@ class Members:
                 if len(text) > _ANSWER_BYTES:
                     raise ValueError(f"it has more than {_ANSWER_BYTES} bytes")
             return response.status, bytes(text)
+
+
+async def _read(status: int, text: bytes, answer: type[A]) -> A | Failed:
+    """Raises ValueError, RecursionError."""
+    if status != 200:
+        return _refusal(status, text)
+    if len(text) > _READ_ON_LOOP_BYTES:  # a large fleet's roster
+        return await in_thread(answer.model_validate_json, text)
+    return answer.model_validate_json(text)
 
 
 def _refusal(status: int, text: bytes) -> Failed:

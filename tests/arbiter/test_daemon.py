@@ -31,7 +31,7 @@ profiles_dir = "{dir}/profiles"
 [arbiter]
 kind = "etcd"
 endpoints = {urls}
-request_timeout_ms = 1500
+request_timeout_ms = 6000
 {more}
 """
 

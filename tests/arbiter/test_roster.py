@@ -176,3 +176,20 @@ async def test_odd_answers_to_the_roster_are_told_and_end_nothing(prefix: str) -
                 assert "not an answer" in str(alpha.state.problem)
                 odd[path] = good
                 await until(lambda: alpha.state.is_reachable)
+
+
+async def test_a_large_fleet_is_listed_whole(single: Cluster, prefix: str) -> None:
+    names = [f"host-{n:04}" for n in range(1200)]
+
+    def fill() -> None:
+        for first in range(0, len(names), 100):
+            puts = [
+                {"request_put": {"key": b64(f"{prefix}/hosts/{name}"), "value": b64("{}")}}
+                for name in names[first : first + 100]
+            ]
+            single.members[0].ask("/v3/kv/txn", {"success": puts}, within_s=20)
+
+    await in_thread(fill)
+    async with joined(single.urls[0], prefix) as alpha:
+        await until(lambda: alpha.state.hosts)
+        assert alpha.state.hosts == ("alpha", *names)
