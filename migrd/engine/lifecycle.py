@@ -143,6 +143,7 @@ class Lifecycle:
             self._vms.detach(entry)
             if old is not None:
                 await self._starts.holding.release(old.instance)  # else it has its devices still
+                await self._world.journal.put_vm(entry.stored())  # of what has no files, no word
                 await self._world.launcher.forget(old)
             await self._claim(entry)
             vmm = await self._launch(entry)

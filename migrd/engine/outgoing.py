@@ -279,6 +279,9 @@ class Outgoing(OutgoingRecord):
         lost_there = event.trigger is Trigger.GUEST_DIED and state.phase is Phase.COMPLETING
         if event.trigger is Trigger.SOURCE_RELEASED or lost_there:
             return StoredVm(self.stored.spec, state.epoch, here=False, instance=None)
+        if event.trigger is Trigger.GUEST_DIED and self.vmm.is_dead:
+            # before its files are forgotten: else a restart looks for it, and must not guess
+            return StoredVm(self.stored.spec, state.epoch, True, None, self.decision())
         return None
 
     def _enter(self, new: MigrationState) -> None:
