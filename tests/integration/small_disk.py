@@ -8,12 +8,12 @@ from pathlib import Path
 DISK_BYTES = 4 << 20
 
 
-def fill(path: Path) -> None:
+def fill(path: Path, most_bytes: int = DISK_BYTES) -> None:
     """Until the disk has not a byte left."""
     with path.open("wb", buffering=0) as file:
         for piece in (1 << 20, 4096, 1):
             with contextlib.suppress(OSError):
-                while file.tell() < DISK_BYTES:
+                while file.tell() < most_bytes:
                     file.write(bytes(piece))
 
 

@@ -17,6 +17,7 @@ from migrd.cli.seen import Json
 from tests.integration.fleet import TERMINAL
 from tests.integration.scenarios import is_stopped
 from tests.integration.small_disk import fill
+from tests.long.disks import DISK_BYTES
 from tests.long.field import NAMES, Field
 from tests.long.schedule import Blow, Schedule
 
@@ -327,7 +328,7 @@ class Fight:
         """The journal has room of its own for a while: that is used up too."""
         host = self.host(blow.side)
         filler = self.two.hosts[host].directory / "state" / "filler"
-        await asyncio.to_thread(fill, filler)
+        await asyncio.to_thread(fill, filler, DISK_BYTES)
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FILLED_S):

@@ -16,10 +16,12 @@ import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from tests.integration.small_disk import DISK_BYTES, run
+from tests.integration.small_disk import run
 
 _EXT4_IOC_SHUTDOWN = 0x8004587D
 _NO_LOG_FLUSH = 2
+DISK_BYTES = 24 << 20
+"""Room for the journal of a group of migrations, its reserve and the file system's own."""
 
 
 class Disk:

@@ -30,6 +30,12 @@ FOUND = [
         "python -m tests.long --seed-from 1000066 --migrations 2",
         "tests/engine/test_taken_back.py",
     ),
+    (
+        "a guest lost in a migration could not be started again by a daemon that was restarted: "
+        "its record named a process whose files were gone, and a start answered 200",
+        "python -m tests.long --seed-from 181 --migrations 1",
+        "tests/engine/test_starts_after_death.py",
+    ),
 ]
 """What long runs have found in the product, the command that showed it, where it is tried now."""
 OF_THE_ARBITER = ("source.assign.", "source.take_back.", "destination.mark_started.")
