@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ TRIES = 40
 AGAIN_S = 2.0
 OVER_WITHIN_S = 3600.0
 LOOK_S = 0.25
+SPREAD_S = 10.0
+"""Within that all hosts have begun: else all would reach their switchover in the same instant."""
+SEED = 1
 
 
 @dataclass
@@ -35,6 +39,8 @@ class Drained:
     phases: Counter[str] = field(default_factory=Counter)
     causes: Counter[str] = field(default_factory=Counter)
     most_at_once: int = 0
+    persons: int = 0
+    """Migrations in which a person had to say that a host was gone."""
     left: list[str] = field(default_factory=list)
     """Guests that are still where they were, or that need a person."""
 
@@ -48,6 +54,7 @@ class Drain:
         self._free = asyncio.Semaphore(at_once)
         self._active = 0
         self.drained = Drained(now_s())
+        self._chance = random.Random(SEED)
 
     async def run(self) -> Drained:
         """Until every guest has left, or was tried often enough."""
@@ -61,6 +68,7 @@ class Drain:
 
     async def _empty(self, host: str, waiting: deque[str]) -> None:
         targets = itertools.cycle(self._fleet.targets_of(host))
+        await asyncio.sleep(self._chance.uniform(0.0, SPREAD_S))
         while waiting:
             vm = waiting.popleft()
             for _ in range(TRIES):
@@ -74,8 +82,8 @@ class Drain:
         async with self._free:
             target = next(targets)
             while not self._fleet.has_room(target):
-                await asyncio.sleep(LOOK_S)
                 target = next(targets)
+                await asyncio.sleep(LOOK_S)
             self._active += 1
             self.drained.most_at_once = max(self.drained.most_at_once, self._active)
             try:
@@ -90,9 +98,17 @@ class Drain:
         except MigrdError as exc:
             drained.causes[f"asking: {exc.code}"] += 1
             return False
-        await until(lambda: fleet.stands(id_, host)[1], within_s=OVER_WITHIN_S, what=f"{vm} over")
+        await until(lambda: self._is_settled(id_, host), within_s=OVER_WITHIN_S, what=f"{vm} over")
+        if not fleet.stands(id_, host)[1]:
+            drained.persons += 1
+            await fleet.say_fenced(id_, host, target)
+            await until(lambda: fleet.stands(id_, host)[1], within_s=OVER_WITHIN_S, what=vm)
         self._note(fleet.view(id_, host))
         return fleet.stands(id_, host)[0] == Phase.SUCCEEDED
+
+    def _is_settled(self, id_: str, host: str) -> bool:
+        phase, is_over = self._fleet.stands(id_, host)
+        return is_over or phase == Phase.NEEDS_OPERATOR
 
     def _note(self, view: MigrationView) -> None:
         drained = self.drained

@@ -16,11 +16,14 @@ from typing import Any
 
 from migrd.core.migration import Policy, Request
 from migrd.engine.options import EngineOptions
+from migrd.engine.service import Resolution
+from tests.fakes.arbiter import FakeArbiterStore
 from tests.fakes.gate import no_faults
 from tests.fakes.hardware import Hardware
 from tests.fakes.journal import FakeDisk
 from tests.fakes.launcher import FakeHost
 from tests.fakes.world import Daemon, Pair
+from tests.fleet.latencies import EtcdLoad
 
 GIB = 1 << 30
 HOSTS_PER_RACK = 40
@@ -35,15 +38,17 @@ TOGETHER = 50
 class Fleet(Pair):
     """`racks` racks, of which the first `emptied` are to be drained."""
 
-    def __init__(self, racks: int, emptied: int) -> None:
+    def __init__(self, racks: int, emptied: int, load: EtcdLoad) -> None:
         rare: dict[str, Any] = {"watch_interval_s": RARELY_S, "peer_interval_s": RARELY_S}
-        super().__init__(**rare)
+        self.etcd = FakeArbiterStore(latency_s=load)
+        super().__init__(arbiter=self.etcd, **rare)
         names = [f"r{rack:03}h{n:02}" for rack in range(racks) for n in range(HOSTS_PER_RACK)]
         at = emptied * HOSTS_PER_RACK
         self.sources, self.targets = names[:at], names[at:]
         self.hosts = {name: FakeHost(name, self.ground) for name in names}
         self.disks = {name: FakeDisk() for name in names}
         self.hardware = {name: Hardware(host) for name, host in self.hosts.items()}
+        self.jumped_s = dict.fromkeys(names, 0.0)
         self.memory_bytes = dict.fromkeys(names, 1024 * GIB)
         self.options = {
             name: EngineOptions(
@@ -58,11 +63,14 @@ class Fleet(Pair):
         self.plans = dict.fromkeys(names, no_faults)
         self.calls = {name: [] for name in names}
         self.vms: dict[str, list[str]] = {name: [] for name in self.sources}
+        self.died: set[str] = set()
+        """Guests whose only copy went with its host."""
         self._peers: dict[str, list[str]] = {name: [] for name in names}
         for number, source in enumerate(self.sources):
             for each in range(TARGETS_EACH):
-                # far apart, so that neighbours do not all ask the same ones
-                target = self.targets[(number * TARGETS_EACH + each) % len(self.targets)]
+                # far apart: neighbours do not all ask the same ones, nor all of one rack
+                at = number + each * len(self.targets) // TARGETS_EACH
+                target = self.targets[at % len(self.targets)]
                 self._peers[source].append(target)
                 self._peers[target].append(source)
         self.ground.wire.bandwidth_bytes_per_s = int(LINK_BYTES_PER_S / SLOTS)
@@ -98,5 +106,21 @@ class Fleet(Pair):
         view, _ = await service.create_migration(request, idempotency_key=None, body_digest="d")
         return view.id
 
+    async def say_fenced(self, id_: str, source: str, target: str) -> None:
+        """What a person says who has seen that the target is off."""
+        assert target not in self.daemons
+        service, word = self.daemons[source].service, Resolution.DESTINATION_FENCED
+        await service.resolve(id_, word, evidence="the rack has no power", by="drain")
+
+    async def lose_power(self, name: str) -> None:
+        """A host is gone for good, with all that ran on it."""
+        held = {qemu.spec.name for qemu in self.hosts[name].qemus if not qemu.is_dead}
+        await self.kill(name)
+        for qemu in self.hosts[name].qemus:
+            qemu.die()
+        self.died |= {vm for vm in held if not self.guest(vm).whole_copies}
+
     def has_room(self, target: str) -> bool:
+        if target not in self.daemons:
+            return False
         return self.daemons[target].engine.migrations.incoming_active < SLOTS
