@@ -86,11 +86,12 @@ async def fought(two: Field, schedule: Schedule) -> Result:
             await migrates_again(two)
             await forget_what_was_heard(two)
     except Violation as exc:
-        await fight.end()
         result.violation, result.message = exc.kind, str(exc)
     except Exception as exc:
-        await fight.end()
         result.violation, result.message = "broke", f"{type(exc).__name__}: {exc!r}"
+    if result.violation is not None:
+        with contextlib.suppress(AssertionError, TimeoutError):  # of what is wrong already
+            await fight.end()
     result.deaths = len(two.deaths)
     result.struck, result.took_s = fight.struck, round(time.monotonic() - began_s, 2)
     return result

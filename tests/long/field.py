@@ -277,7 +277,8 @@ async def field_of(
 
 
 async def _cancelled(two: Field, tasks: list[asyncio.Task[None]]) -> None:
-    await two.ready()  # no birth is under way
+    with contextlib.suppress(AssertionError):  # one that does not come back is told of already
+        await two.ready()  # no birth is under way
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
