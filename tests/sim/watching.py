@@ -188,7 +188,9 @@ class Watch:
         if view.phase not in allowed and not (is_said and view.phase in ACTS_FIRST):
             self.say(f"I8: {course.host} answers {view.phase}, its journal says {course.phase}")
         last, course.seen = course.seen, view
-        if last is not None and last.is_terminal and view.phase != last.phase:
+        # `starting` with a dead VMM waits for the word that takes it back: no end of its own
+        ended = last is not None and last.is_terminal and last.phase != DestinationPhase.STARTING
+        if last is not None and ended and view.phase != last.phase:
             self.say(f"I3: {course.host} said {last.phase} and now {view.phase}")
 
     def _check_place(self, view: MigrationView) -> None:
