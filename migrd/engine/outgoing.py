@@ -234,7 +234,9 @@ class Outgoing(OutgoingRecord):
                 await self._saved()
                 self._saving = asyncio.create_task(self._save(event, act_first=True))
             else:
-                may_act_first = event.trigger in ACT_FIRST and not event.by_operator
+                # an end is never told before it is on the disk: after a restart it would go on
+                may_act_first = event.trigger in ACT_FIRST and not new.is_terminal
+                may_act_first = may_act_first and not event.by_operator
                 await self._save(event, act_first=may_act_first)
             self.words.saw(event)
             self._enter(new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from migrd.core.migration import Policy, WhenNotConverging
@@ -56,16 +57,18 @@ class Messages:
     """What becomes of the messages between the daemons."""
 
     def __init__(self, blows: Sequence[Blow]) -> None:
-        self._losses = {blow.number: blow.loss for blow in blows if isinstance(blow, Lost)}
-        self._seen = 0
+        lost = [blow for blow in blows if isinstance(blow, Lost)]
+        self._losses = {(blow.call, blow.number): blow.loss for blow in lost}
+        self._seen = Counter[str | None]()
         self.note: Callable[[], None] = _nobody
         self.struck: list[str] = []
 
     def __call__(self, caller: str, callee: str, call: str) -> Loss | None:
         if call == "hello":
             return None
-        self._seen += 1
-        loss = self._losses.get(self._seen)
+        self._seen.update((None, call))
+        loss = self._losses.get((call, self._seen[call]))
+        loss = loss or self._losses.get((None, self._seen[None]))
         if loss is not None:
             self.note()
             self.struck.append(f"{caller} > {callee} {call}: {loss.value}")
@@ -96,9 +99,14 @@ class Trouble:
         return [*self.struck, *([] if self.arbiter is None else self.arbiter.struck)]
 
     async def strike(self, blow: Timed) -> None:
+        if blow.after is not None and not await self._watch.comes_to(blow.after):
+            return
         await asyncio.sleep(blow.at_s)
         self._watch.struck()
-        self.struck.append(f"{blow.at_s:.4f} s: {blow.what} {blow.host} for {blow.for_s:g} s")
+        after = "" if blow.after is None else f" after {blow.after}"
+        self.struck.append(
+            f"{blow.at_s:.4f} s{after}: {blow.what} {blow.host} for {blow.for_s:g} s"
+        )
         await getattr(self, f"_{blow.what}")(blow)
 
     async def _lasting(

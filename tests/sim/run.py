@@ -31,7 +31,7 @@ from migrd.errors import JournalError, MigrdError
 from tests.engine.passthrough import DISK, NIC, NIC2, nic
 from tests.engine.passthrough import hardware as hardware_with
 from tests.fakes.journal import FakeJournal
-from tests.fakes.virtual_time import now_s, until
+from tests.fakes.virtual_time import Deadlock, now_s, until
 from tests.fakes.world import VM, Pair
 from tests.sim.arbiter_blows import Arbiter
 from tests.sim.blows import Calls, Messages, Trouble
@@ -85,7 +85,7 @@ def play(schedule: Schedule) -> Ended:
     with _heard(schedule.tempo) as logs:
         try:
             SimLoop().run(_play(schedule, ended))
-        except Exception as exc:
+        except (Exception, asyncio.CancelledError, Deadlock) as exc:
             struck = "\n    ".join(ended.struck)
             raise Wrong(f"{schedule}\n  struck:\n    {struck}\n  {exc!r}") from exc
     broken = [entry for entry in logs if entry["event"] in BROKEN]
@@ -199,7 +199,8 @@ async def _under_fire(
         ids = await _asked(pair, schedule, known)
         await calm
         for task in blows:
-            task.result()
+            if not task.cancelled():
+                task.result()
         ids |= {view.id for host in HOSTS for view in pair.daemons[host].service.migrations()[1]}
         for id_ in sorted(ids - known):
             await _to_its_end(pair, id_, schedule.tempo, trouble, ended)

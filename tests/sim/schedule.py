@@ -53,10 +53,11 @@ class Struck:
 
 @dataclass(frozen=True)
 class Lost:
-    """A message between the daemons, counted."""
+    """A message between the daemons, counted: of all, or of those of one kind."""
 
     number: int
     loss: Loss
+    call: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,18 @@ class Timed:
     what: str
     host: str
     for_s: float
+    after: str | None = None
+    """Counted from the moment at which the journal of either side comes to this phase."""
 
 
 Blow = Struck | Lost | Timed
+
+CALLS = (None, None, None, "grant", "grant", "view", "prepare", "discard")
+AFTER = (
+    *(None, None, None, None, None),
+    *("precopy", "switchover", "granted", "granted", "starting", "completing", "rolling_back"),
+)
+"""Most of what matters happens around the grant, and lasts for milliseconds."""
 
 WHATS = (
     "part",
@@ -142,10 +152,13 @@ def _struck(random_: random.Random, tempo: Tempo) -> Struck:
 
 
 def _lost(random_: random.Random, tempo: Tempo) -> Lost:
-    return Lost(random_.randint(1, 20), random_.choice(list(Loss)))
+    call = random_.choice(CALLS)
+    number = random_.randint(1, 20 if call is None else 3)
+    return Lost(number, random_.choice(list(Loss)), call)
 
 
 def _timed(random_: random.Random, tempo: Tempo) -> Timed:
-    at_s = 10 ** random_.uniform(-3.0, 0.7)
-    for_s = random_.choice(tempo.lasts_s)
-    return Timed(at_s, random_.choice(WHATS), random_.choice(HOSTS), for_s)
+    after = random_.choice(AFTER)
+    at_s = 10 ** random_.uniform(-3.0, 0.7) if after is None else 10 ** random_.uniform(-4.0, -1.0)
+    for_s, what = random_.choice(tempo.lasts_s), random_.choice(WHATS)
+    return Timed(at_s, what, random_.choice(HOSTS), for_s, after)

@@ -8,8 +8,9 @@ import pytest
 from migrd.core import handover
 from migrd.core.handover import DestinationPhase, DestinationTrigger
 from migrd.core.phases import Phase
+from tests.fakes.road import Loss
 from tests.sim.run import Wrong, play
-from tests.sim.schedule import Schedule, Struck, Timed, from_seed
+from tests.sim.schedule import Lost, Schedule, Struck, Timed, from_seed
 from tests.sim.tempo import BRISK
 from tests.sweep import scripts
 from tests.sweep.test_mutants import resume_on_a_time_out
@@ -19,6 +20,20 @@ PARTS = 20
 FIRST = 1_000_000
 
 FOUND = [
+    (
+        "`cancelled` was told before it was on the disk: a restarted daemon would have gone on",
+        Schedule(
+            1009701,
+            scripts.plain,
+            (
+                Lost(1, Loss.REQUEST_LOST),  # preflight takes its time
+                Timed(0.002, "disk_full", "alpha", 2.5),
+                Timed(0.03, "cancel", "alpha", 14.0),
+            ),
+            BRISK,
+            looks=(0.05, 0.1, 0.5, 1.0),
+        ),
+    ),
     (
         "limits that QEMU did not take were never said again: held in precopy for good",
         Schedule(
@@ -73,6 +88,14 @@ def test_what_was_found_once_stays_mended(what: str, schedule: Schedule) -> None
     ended = play(schedule)
     assert ended.phase is not None, what
     assert not ended.resolved, what
+
+
+def test_a_destination_whose_guest_was_given_back_does_not_say_that_it_runs_nowhere() -> None:
+    """Found by seed 1003150: its QEMU had died before the start, and a person had said so."""
+    dies = Timed(0.0002, "qemu_dies", "beta", 0.05, after="starting")
+    ended = play(Schedule(1003150, scripts.plain, (dies,), BRISK))
+    assert ended.resolved == ["destination_died_starting: destination_fenced"]
+    assert ended.phase == Phase.ROLLED_BACK
 
 
 def owned_before_cont(patch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ TABLE_THERE = {phase: dict(row) for phase, row in DESTINATION_TRANSITIONS.items(
 RESUMED_S = 1.0
 ACTS_FIRST = frozenset({Phase.PREFLIGHT, Phase.SWITCHOVER, Phase.ROLLING_BACK})
 """What a source whose journal fails does first, and says so (engine.outgoing)."""
+UNSURE = frozenset({DestinationPhase.STARTING})
+"""A destination whose QEMU died there waits for what an operator says at the source."""
 MAY_END_SOURCE = frozenset({Phase.COMPLETING, Phase.SUCCEEDED, Phase.GUEST_LOST})
 TERMINAL = frozenset(phase for phase, row in TABLE.items() if not row)
 
@@ -75,6 +77,7 @@ class Watch:
     may_be_gone: bool = False
     """What had the guest was killed, or it has ended itself."""
     looks: int = 0
+    _arrivals: dict[str, asyncio.Event] = field(default_factory=dict)
     _vm_epochs: dict[str, int] = field(default_factory=dict)
 
     def begin(self) -> None:
@@ -86,6 +89,17 @@ class Watch:
     def struck(self) -> None:
         """A fault begins or ends at this moment."""
         self.struck_at_s = now_s()
+
+    async def comes_to(self, phase: str) -> bool:
+        """Until a journal says so; False when all is over before."""
+        await self._arrivals.setdefault(phase, asyncio.Event()).wait()
+        return any(c.phase == phase for c in self.courses.values())
+
+    def _arrived(self, to: Phase | DestinationPhase) -> None:
+        told = self._arrivals.values() if to in TERMINAL else [self._arrivals.get(to.value)]
+        for event in told:
+            if event is not None:
+                event.set()
 
     def say(self, what: str) -> None:
         self.wrong.append(f"{now_s() - 1000:.4f} s: {what}")
@@ -123,6 +137,7 @@ class Watch:
             self.say(f"I7: {course.host} {id_}: {event.trigger} in {course.phase}")
             return
         course.phase = to
+        self._arrived(to)
         if to is Phase.ROLLING_BACK:
             loop = asyncio.get_running_loop()
             loop.call_later(RESUMED_S, self._check_resumed, course, now_s())
@@ -188,9 +203,8 @@ class Watch:
         if view.phase not in allowed and not (is_said and view.phase in ACTS_FIRST):
             self.say(f"I8: {course.host} answers {view.phase}, its journal says {course.phase}")
         last, course.seen = course.seen, view
-        # `starting` with a dead VMM waits for the word that takes it back: no end of its own
-        ended = last is not None and last.is_terminal and last.phase != DestinationPhase.STARTING
-        if last is not None and ended and view.phase != last.phase:
+        is_end = last is not None and last.is_terminal and last.phase not in UNSURE
+        if last is not None and is_end and view.phase != last.phase:
             self.say(f"I3: {course.host} said {last.phase} and now {view.phase}")
 
     def _check_place(self, view: MigrationView) -> None:
