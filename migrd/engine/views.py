@@ -219,7 +219,7 @@ def of_incoming(i: Incoming) -> MigrationView:
     over = i.is_over
     elapsed_s = (i.entered[-1][2] if over else now_s) - i.entered[0][2]
     runs_on = RUNS_ON_SEEN_THERE[phase]
-    if i.vmm_died and phase is not DestinationPhase.REFUSED:  # given back: the source runs it
+    if i.vmm_died and phase is not DestinationPhase.REFUSED:  # else taken back by the source
         unsure = phase is DestinationPhase.STARTING
         runs_on = Whereabouts.UNKNOWN if unsure else Whereabouts.NOWHERE
     return MigrationView(

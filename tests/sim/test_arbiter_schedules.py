@@ -31,6 +31,11 @@ def test_no_schedule_with_an_arbiter_doubles_loses_or_strands_a_guest(part: int)
     assert {Phase.SUCCEEDED, Phase.ROLLED_BACK} <= ends, "the schedules reach both ends"
 
 
+def test_a_guest_given_back_is_not_said_to_be_nowhere() -> None:
+    """Found by this seed: its destination, whose VMM had died, went on saying so."""
+    assert play(from_seed(FIRST_ARBITRATED + 44782)).phase is not None
+
+
 def started_is_taken_back_without_a_fence(patch: Patch) -> None:
     as_it_is = ownership.as_source
 
