@@ -15,7 +15,7 @@ from migrd.core import convergence, phases
 from migrd.core.convergence import Decision, Estimate, Situation, Verdict
 from migrd.core.migration import Cause, MigrationEvent, Policy, WhenNotConverging
 from migrd.core.phases import Instruction, Phase, Trigger
-from migrd.engine import migrations, outgoing, precopy, recover_postcopy, switchover
+from migrd.engine import granting, migrations, outgoing, precopy, recover_postcopy, switchover
 from migrd.engine.absent import AbsentVmm
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.prepare import prepare_destination
@@ -97,7 +97,7 @@ async def a_destination_that_fails_after_the_copy_calls_a_person_and_goes_on(pai
 
 def the_answer_is_waited_for_without_end(patch: pytest.MonkeyPatch) -> None:
     async def hang(m: Outgoing) -> MigrationEvent:
-        return await switchover._ask_until_answered(m)
+        return await granting.ask_until_answered(m)
 
     step_is(patch, Instruction.OBTAIN_ANSWER, hang)
 
@@ -236,7 +236,7 @@ async def a_network_cut_of_five_seconds_is_waited_out(pair: Pair) -> None:
 
 
 def who_is_not_heard_is_started_anew(patch: pytest.MonkeyPatch) -> None:
-    async def health_check(self: precopy.Steering, why: str) -> None:
+    async def health_check(self: precopy.Steering, condition: str, why: str) -> None:
         await self._m.vmm.quit()
 
     patch.setattr(precopy.Steering, "_hold", health_check)

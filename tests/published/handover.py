@@ -13,7 +13,7 @@ from migrd.core.facts import QemuStatus, RunState, TransferSample
 from migrd.core.handover import DestinationTrigger
 from migrd.core.migration import Cause, MigrationEvent
 from migrd.core.phases import Instruction, Phase, Trigger
-from migrd.engine import migrations, outgoing, rollback, switchover
+from migrd.engine import granting, migrations, outgoing, rollback, switchover
 from migrd.engine.incoming import Incoming
 from migrd.engine.outgoing import Outgoing, Step
 from migrd.engine.outgoing_record import OutgoingRecord
@@ -138,13 +138,13 @@ def a_grant_is_asked_for_once(patch: pytest.MonkeyPatch) -> None:
     async def once(m: Outgoing, *, died_is_unknown: bool = True) -> MigrationEvent:
         if m.id not in asked:
             asked.add(m.id)
-            event = await switchover._grant_once(m, died_is_unknown)
+            event = await granting.grant_once(m, died_is_unknown)
             if event is not None:
                 return event
         await asyncio.Event().wait()
         raise AssertionError
 
-    patch.setattr(switchover, "_ask_until_answered", once)
+    patch.setattr(switchover, "ask_until_answered", once)
 
 
 # A later step fails after the guest has moved -----------------------------------------------------
