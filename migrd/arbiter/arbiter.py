@@ -33,6 +33,8 @@ T = TypeVar("T")
 CHECK_S: Final = 5.0
 AGAIN_S: Final = 1.0
 """Between two looks while it is not reachable."""
+_CHECK_S_PER_HOST: Final = 0.004
+"""250 looks a second of all hosts together."""
 _TLS_RELOAD_S: Final = 60.0
 _LEAVE_S: Final = 1.0
 _CURE: Final = "look at it with etcdctl endpoint health, and from this host with migrd doctor"
@@ -100,11 +102,19 @@ class EtcdArbiter(Ownerships):
                     await access.reload_if_changed()
             except Exception as exc:  # what is only looked at must not end the daemon
                 log.error("looking at the arbiter failed", exc_info=exc)
-            pause_s = self._options.check_s if self._state.is_reachable else AGAIN_S
+            pause_s = self._pause_s()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(pause_s, self._options.check_s)):
+                async with asyncio.timeout(pause_s):
                     await self._look_now.wait()
                 await asyncio.sleep(min(AGAIN_S, self._options.check_s) / 10)  # many at once: one
+
+    def _pause_s(self) -> float:
+        """Until the next look: longer with many hosts, as they all look; never so long that the
+        lease would end. Shorter while it is not reachable."""
+        if not self._state.is_reachable:
+            return min(AGAIN_S, self._options.check_s)
+        among_many_s = _CHECK_S_PER_HOST * len(self._state.hosts or ())
+        return max(self._options.check_s, min(among_many_s, self._options.lease_ttl_s / 3))
 
     async def leave(self) -> None:
         """Off the roster, if etcd answers at once; else the lease ends by itself."""

@@ -193,3 +193,19 @@ async def test_a_large_fleet_is_listed_whole(single: Cluster, prefix: str) -> No
     async with joined(single.urls[0], prefix) as alpha:
         await until(lambda: alpha.state.hosts)
         assert alpha.state.hosts == ("alpha", *names)
+
+
+async def test_among_thousands_of_hosts_each_looks_less_often(single: Cluster, prefix: str) -> None:
+    names = [f"h{n:04}" for n in range(2000)]
+    for first in range(0, len(names), 100):
+        puts = [
+            {"request_put": {"key": b64(f"{prefix}/hosts/{name}"), "value": b64("{}")}}
+            for name in names[first : first + 100]
+        ]
+        await in_thread(single.members[0].ask, "/v3/kv/txn", {"success": puts})
+    looks: list[ArbiterState] = []
+    async with joined(single.urls[0], prefix, looks=looks, ttl_s=60) as arbiter:
+        await until(lambda: len(arbiter.state.hosts or ()) > len(names))
+        seen = len(looks)
+        await asyncio.sleep(3.0)
+        assert len(looks) == seen  # the next one is due 8 s after the first
