@@ -25,7 +25,7 @@ class Measured:
     writes_per_s: float
     """Most that it took from many clients at once."""
     renewals_per_s: float
-    """Most leases kept alive in a second."""
+    """Most leases kept alive in a second; a daemon's look is taken to cost as much."""
 
 
 @dataclass
@@ -35,7 +35,8 @@ class EtcdLoad:
     measured: Measured
     seed: int = 1
     leases: int = 0
-    renew_every_s: float = 5.0
+    renew_every_s: float = 20.0
+    """A third of `lease_ttl_s`: as often each daemon renews its lease and looks once."""
     requests: Counter[int] = field(default_factory=Counter)
     """By second."""
     waited_s: list[float] = field(default_factory=list)
@@ -69,11 +70,16 @@ class EtcdLoad:
         since_s, self._booked_at_s = self._booked_at_s, at_s
         if since_s is None:
             return
-        renewals = (at_s - since_s) * self.leases / self.renew_every_s
-        taken_s = renewals / self.measured.renewals_per_s
+        asked = (at_s - since_s) * self.asked_per_s
+        taken_s = asked / self.measured.renewals_per_s
         # they came evenly: what had time to drain away meanwhile is gone
         backlog_s = max(0.0, self._free_at_s - since_s) + taken_s - (at_s - since_s)
         self._free_at_s = max(self._free_at_s, at_s + max(0.0, backlog_s))
+
+    @property
+    def asked_per_s(self) -> float:
+        """Renewals and looks of all hosts."""
+        return 2 * self.leases / self.renew_every_s
 
     def _drawn_s(self) -> float:
         share = self._chance.random()

@@ -79,7 +79,7 @@ class Report:
         p50, p99 = (1e3 * _at(waited, share) for share in (0.5, 0.99))
         return [
             f"  arbiter: {self.requests / took_s:.0f} requests/s, {load.most_per_s()} in "
-            f"the busiest second; {load.leases / load.renew_every_s:.0f} lease renewals/s; "
+            f"the busiest second; {load.asked_per_s:.0f} renewals and looks/s; "
             f"{self.writes / max(1, self.migrations):.2f} writes a migration",
             f"  its answers: p50 {p50:.1f} ms, p99 {p99:.1f} ms; longest queue "
             f"{1e3 * load.longest_queue_s:.1f} ms",

@@ -58,7 +58,7 @@ def test_an_etcd_that_cannot_keep_up_makes_everybody_wait_in_turn() -> None:
 def test_leases_that_are_renewed_take_their_share_of_it() -> None:
     async def waited(leases: int) -> float:
         measured = replace(THREE_MEMBERS, renewals_per_s=1000.0)
-        load = EtcdLoad(measured, leases=leases, renew_every_s=1.0)
+        load = EtcdLoad(measured, leases=leases, renew_every_s=2.0)
         load()
         await asyncio.sleep(10.0)
         load()
