@@ -49,6 +49,7 @@ from migrd.errors import (
 )
 from migrd.failpoints import around
 
+LAST_TRY_S: Final = 10.0
 NEAR_S: Final = 0.25
 ASK_S: Final = 0.3
 LOST_S: Final = 0.8
@@ -331,6 +332,12 @@ async def release_source(m: Outgoing) -> MigrationEvent:
             async with asyncio.timeout(limit_s):
                 await _until_ended(m)
         except TimeoutError:
+            # the time may have passed while this daemon stood still (SIGSTOP): once more
+            with contextlib.suppress(MigrdError, TimeoutError):
+                async with asyncio.timeout(LAST_TRY_S):
+                    await m.vmm.quit()
+            if m.vmm.is_dead:
+                return m.event(Trigger.SOURCE_RELEASED)
             text = (
                 f"the guest runs on {m.peer.name}; its old QEMU here (pid {m.vmm.pid}) was not "
                 f"ended within {limit_s:.0f} s: end it by hand, it must never run again"

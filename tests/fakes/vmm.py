@@ -309,10 +309,10 @@ class FakeVmm:
             transfer = self._transfer()
             if not transfer.is_postcopy or self.qemu.status is QemuStatus.POSTCOPY_PAUSED:
                 raise VmmRefused("migrate-pause is currently only supported during postcopy")
+            if transfer.source is not self.qemu:  # it pauses, whatever the other end knows
+                self.qemu.set_status(QemuStatus.POSTCOPY_PAUSED)
             if transfer.source is self.qemu or not self.qemu.wire.frozen:
                 transfer.break_("Channel error: Input/output error")
-            else:
-                self.qemu.set_status(QemuStatus.POSTCOPY_PAUSED)
 
         await self._out_of_band(pause)
 

@@ -325,6 +325,16 @@ async def _say_the_truth(pair: Pair, id_: str, host: str, trouble: Trouble) -> s
     return f"{view.cause.code if view.cause else None}: {word.value}"
 
 
+def _end_what_was_left(pair: Pair) -> None:
+    """A person does what the answer of a migration asks for, and nothing else."""
+    for name in HOSTS:
+        for view in pair.daemons[name].service.migrations()[1]:
+            if view.cause is not None and view.cause.code == "source_left_behind":
+                for qemu in pair.hosts[name].living(VM):
+                    assert not qemu.is_running, "what a person was asked to end is the guest"
+                    qemu.die("ended by hand")
+
+
 async def _check(pair: Pair, schedule: Schedule, trouble: Trouble, ended: Ended) -> None:
     """Each answer is the ground truth, on both hosts."""
     await until(lambda: _all_live(pair), within_s=300.0, what="both daemons are back")
@@ -343,6 +353,7 @@ async def _check(pair: Pair, schedule: Schedule, trouble: Trouble, ended: Ended)
         assert lives
     else:
         assert ended.phase is None or ended.phase in STAYED, ended.phase
+    _end_what_was_left(pair)
     await until(lambda: len(pair.all_living()) == 1, what="one QEMU is left", within_s=200.0)
     pair.check_truth()
     if not schedule.seed % schedule.tempo.again_each:

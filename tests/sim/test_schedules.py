@@ -21,6 +21,18 @@ FIRST = 1_000_000
 
 FOUND = [
     (
+        "a source that stood still beyond its deadline was told to be left behind, not ended",
+        Schedule(
+            30155,
+            scripts.plain,
+            (
+                Struck("alpha", 18, 26, 12.0),  # its `quit` is not answered
+                Timed(0.3877, "stopped", "alpha", 7.0),  # and before the next one it is stopped
+            ),
+            BRISK,
+        ),
+    ),
+    (
         "`cancelled` was told before it was on the disk: a restarted daemon would have gone on",
         Schedule(
             1009701,
@@ -88,6 +100,7 @@ def test_what_was_found_once_stays_mended(what: str, schedule: Schedule) -> None
     ended = play(schedule)
     assert ended.phase is not None, what
     assert not ended.resolved, what
+    assert ended.cause != "source_left_behind", what
 
 
 def test_a_destination_whose_guest_was_given_back_does_not_say_that_it_runs_nowhere() -> None:
