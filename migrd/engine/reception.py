@@ -7,7 +7,7 @@ answered with how things stand.
 import asyncio
 import contextlib
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from migrd.core.facts import TransferAddress, TransferSettings, VmSpec
 from migrd.core.handover import DestinationPhase, DestinationState
@@ -78,9 +78,13 @@ class Reception:
         world, migrations = self._world, self._migrations
         options = world.options
         await self._settle_dead(source, vm.name)
-        seen, memory_bytes, last_epoch = await asyncio.gather(
-            self._look_at(vm), memory_available_bytes(), world.journal.last_epoch(vm.name)
-        )
+        looking = asyncio.create_task(self._look_at(vm))
+        try:
+            memory_bytes = await memory_available_bytes()
+            last_epoch = await world.journal.last_epoch(vm.name)
+            seen = await looking
+        finally:
+            await _ended(looking)
         migrations.vms.note_epoch(vm.name, last_epoch)
         return HostProfile(
             host=options.host,
@@ -115,9 +119,12 @@ class Reception:
         if vm.profile is None:  # the source says so: there is nothing to look at
             return seen
         try:
-            digest, (seen.qemu_version, found) = await asyncio.gather(
-                in_thread(launcher.check, bare(vm)), launcher.probe(bare(vm))
-            )
+            probing = asyncio.create_task(launcher.probe(bare(vm)))
+            try:
+                digest = await in_thread(launcher.check, bare(vm))
+                seen.qemu_version, found = await probing
+            finally:
+                await _ended(probing)
             seen.features = frozenset(feature.value for feature in found)
             if not vm.devices:
                 seen.digest = digest
@@ -338,3 +345,9 @@ async def _refused(i: Incoming, reason: str) -> None:
                 await i.wait_newer(i.generation, DISCARD_S)
     except TimeoutError:
         pass  # the view says how far it is
+
+
+async def _ended(task: asyncio.Task[Any]) -> None:
+    """Whatever became of what went on beside it: nothing is left that nobody waits for."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

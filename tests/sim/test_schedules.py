@@ -21,6 +21,19 @@ FIRST = 1_000_000
 
 FOUND = [
     (
+        "a preflight that failed left the look at QEMU behind, which nobody waited for",
+        Schedule(
+            1005233,
+            scripts.throttled,
+            (
+                Timed(0.0038, "ask_again", "beta", 14.0),
+                Struck("alpha", 2, 9, 1.0),  # it asks anew when it is back
+                Struck("beta", 1, 8, 12.0),  # the last epoch cannot be read
+            ),
+            BRISK,
+        ),
+    ),
+    (
         "a source that stood still beyond its deadline was told to be left behind, not ended",
         Schedule(
             30155,
