@@ -354,3 +354,25 @@ def test_the_line_is_that_of_the_key_under_its_own_header(load_text: Load) -> No
     text = '[peers.a]\nurl = "https://x:1"\n\n# url = "no"\n[peers."b.c"]\nurl = "wrong"\n'
     (line, *_) = complaints(load_text, text)[1:]
     assert "migrd.toml:6" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "environ"),
+    [
+        ('[arbiter]\nkind = "etcd"\nendpoints = ["https://root:s3/cr@et@192.0.2.1:2379"]', {}),
+        ('[arbiter]\nkind = "etcd"\nendpoints = "https://root:s3/cr@et@192.0.2.1:2379"', {}),
+        ('[arbiter]\nkind = "etcd"\nuser = "root"\npassword_file = "s3/cr@et"', {}),
+        ('[api.tcp]\ntoken_file = "s3/cr@et"', {}),
+        ('[peers.host-b]\nurl = "https://me:s3/cr@et@host-b:7443"', {}),
+        ("", {"MIGRD_ARBITER__ENDPOINTS": "http://root:s3/cr@et@192.0.2.1:2379"}),
+        ("", {"MIGRD_ARBITER__ENDPOINTS": '["http://root:s3/cr@et@192.0.2.1:2379"]'}),
+    ],
+)
+def test_a_password_in_a_wrong_place_is_refused_without_being_shown(
+    load_text: Load, text: str, environ: Mapping[str, str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_text(text, environ)
+    assert "should be" in caught.value.message
+    for part in ("s3", "cr@", "root:", "me:"):
+        assert part not in caught.value.message

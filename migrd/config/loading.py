@@ -1,6 +1,7 @@
 """From the sources to Settings, or to one ConfigError that lists everything that is wrong."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from migrd.errors import ConfigError
 
 DEFAULT_PATH: Final = Path("/etc/migrd/migrd.toml")
 MAX_VALUE_CHARS: Final = 120
+_USER_OF_URL: Final = re.compile(r"(?<=://)[^\s\"']*@")
+_NAMES_A_SECRET: Final = re.compile(r"password|token")
+_HIDDEN: Final = "…"
 
 
 @dataclass(frozen=True)
@@ -164,8 +168,13 @@ def _cure(error: ErrorDetails) -> str:
 
 
 def _shown(value: object, key: str = "") -> str:
+    """What was given, without what may be a secret: a user of a URL with its password, or a secret
+    itself where the name of its file is asked for."""
+    if _NAMES_A_SECRET.search(key):
+        return _HIDDEN
     is_plain = isinstance(value, str | int | float | list | tuple)
     text = as_toml(value, key) if is_plain else repr(value)
+    text = _USER_OF_URL.sub(f"{_HIDDEN}@", text)
     return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 1] + "…"
 
 
