@@ -227,11 +227,14 @@ class _Settling:
     async def _give_for_good(self) -> MigrationEvent:
         """The guest cannot come back: the record is written for as long as it takes. In precopy
         GRANT waits for that: a destination that finds the record not its own throws away what may
-        be the only copy."""
+        be the only copy. One that an earlier daemon took back is not given again: the guest may
+        have run here since."""
         m, pause_s = self._m, FIRST_RETRY_S
         giving = asyncio.create_task(_keep_giving(m), name=f"giving-{m.id[:8]}")
         try:
             while True:
+                if giving.done() and not giving.result():
+                    return self._taken_back()
                 may_grant = m.state.mode is Mode.POSTCOPY or giving.done()
                 asking = grant_once if may_grant else view_once
                 event = await asking(m, self._died_is_unknown)
@@ -255,21 +258,28 @@ async def _assign(m: Outgoing, record: Ownership, owner: str, *, started: bool) 
     )
 
 
-async def _keep_giving(m: Outgoing, *, started: bool = False) -> None:
+async def _keep_giving(m: Outgoing, *, started: bool = False) -> bool:
+    """False: it had been taken back."""
     pause_s = FIRST_RETRY_S
-    while not await _gave_for_good(m, started=started):
+    while (is_given := await _gave_for_good(m, started=started)) is None:
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_RETRY_S)
+    return is_given
 
 
-async def _gave_for_good(m: Outgoing, *, started: bool) -> bool:
-    """The record says that the guest is the destination's; never raises for what is not so yet."""
+async def _gave_for_good(m: Outgoing, *, started: bool) -> bool | None:
+    """The record says that the guest is the destination's; None: not yet. False: it was taken back.
+    Never raises for what is not so yet."""
     vm, here, there = m.stored.request.vm, m.world.options.host, m.peer.name
+    epoch, decided_on = m.state.epoch, m.state.decided_on_revision
     try:
         record = await present(m.world).read(vm)
+        is_back = as_source(record, here, there, epoch, decided_on) is Standing.BACK
+        if is_back and m.state.mode is Mode.PRECOPY:
+            return False
         if record is None:
-            await present(m.world).claim(vm, there, m.state.epoch, m.id)
-        elif record.owner == here and record.epoch <= m.state.epoch:
+            await present(m.world).claim(vm, there, epoch, m.id)
+        elif record.owner == here and record.epoch <= epoch:
             with around("source.assign"):
                 await _assign(m, record, there, started=started)
         elif record.owner == there and started and not record.started:
@@ -277,10 +287,10 @@ async def _gave_for_good(m: Outgoing, *, started: bool) -> bool:
         elif record.owner != there:
             m.trouble(ELSEWHERE, elsewhere(vm, record).message)
     except ArbiterConflict:
-        return False
+        return None
     except ArbiterUnavailable as exc:
         m.trouble(UNREACHABLE, exc.message)
-        return False
+        return None
     m.settle(UNREACHABLE)
     return True
 

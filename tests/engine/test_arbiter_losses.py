@@ -20,6 +20,7 @@ from tests.engine.arbitrating import (
     says,
 )
 from tests.engine.test_steering import never_converges
+from tests.fakes.arbiter import FakeArbiterStore
 from tests.fakes.virtual_time import now_s, until
 from tests.fakes.world import VM, Pair
 
@@ -136,22 +137,51 @@ async def test_a_source_gone_before_the_grant_leaves_the_copy_to_a_persons_word(
 # Records that are behind the truth ----------------------------------------------------------------
 
 
+async def _refused_behind_the_record(pair: Pair, store: FakeArbiterStore) -> None:
+    """The guest runs on alpha, beta has durably refused it, and the record still says beta."""
+    async with once_at("source.assign.done", lambda: store.down.add("alpha")):
+        migration_id = await pair.ask()
+        await pair.until_phase(migration_id, Phase.GRANTED)
+        i = pair.beta.engine.migrations.incoming[migration_id]
+        i.want_refusal("somebody said so")
+        view = await pair.until_over(migration_id)
+    assert view.phase == Phase.ROLLED_BACK, "else the refusal came too late to be of use here"
+    assert pair.running_on() == "alpha"
+    assert says(store, "beta", started=False), "behind the truth"
+
+
 async def test_a_stale_record_after_a_durable_refusal_never_blocks_the_next_migration() -> None:
     async with arbitrated() as (pair, store):
-        async with once_at("source.assign.done", lambda: store.down.add("alpha")):
-            pair.plans["beta"] = lambda call, number: None
-            migration_id = await pair.ask()
-            await pair.until_phase(migration_id, Phase.GRANTED)
-            i = pair.beta.engine.migrations.incoming[migration_id]
-            i.want_refusal("somebody said so")
-            view = await pair.until_over(migration_id)
-        if view.phase == Phase.SUCCEEDED:
-            pytest.fail("the refusal came too late to be of use here")
-        assert pair.running_on() == "alpha"
-        assert says(store, "beta", started=False), "behind the truth"
+        await _refused_behind_the_record(pair, store)
         await pair.restart("alpha")
         store.heal()
         await pair.migrates_again()
+
+
+async def test_what_was_taken_back_is_not_given_again_by_a_daemon_whose_journal_missed_it() -> None:
+    """The guest has run here since; then its process dies; the copy over there is old."""
+    async with arbitrated() as (pair, store):
+
+        def part() -> None:
+            pair.road.part("alpha", "beta")
+            store.down.add("beta")
+            pair.alpha.journal.is_full = True
+
+        async with once_at("source.assign.done", part):
+            migration_id = await pair.ask()
+            await until(lambda: pair.stands(migration_id)[0] == Phase.ROLLING_BACK)
+            await until(lambda: pair.running_on() == "alpha", within_s=BLACKOUT_S)
+        await asyncio.sleep(10.0)
+        await pair.kill("alpha")
+        pair.hosts["alpha"].qemu(VM).die("killed")
+        await pair.start("alpha")
+        assert pair.stands(migration_id)[0] == Phase.GRANTED, "as far as its journal goes"
+        await asyncio.sleep(5.0)
+        store.heal()
+        pair.road.heal()
+        await asyncio.sleep(60.0)
+        assert pair.running_on() is None
+        assert pair.view(migration_id).phase != Phase.SUCCEEDED
 
 
 async def test_a_guest_that_leaves_by_postcopy_waits_for_no_arbiter() -> None:
