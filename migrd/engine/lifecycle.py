@@ -16,7 +16,7 @@ from migrd.engine.decisions import bare, check_devices
 from migrd.engine.device_start import DeviceStart
 from migrd.engine.hot_plug import HotPlug
 from migrd.engine.migrations import Migrations
-from migrd.engine.ownership import claim
+from migrd.engine.ownership import claim_to_start
 from migrd.engine.ports import Vmm
 from migrd.engine.service import PlugRequest, VmView
 from migrd.engine.threads import in_thread
@@ -118,13 +118,15 @@ class Lifecycle:
 
     async def _forget_record(self, entry: Entry) -> None:
         """The arbiter's record goes first: one that nobody knows of would keep the VM from being
-        started anywhere. Another host's is left alone. Raises Unavailable."""
+        started anywhere. Another host's is left alone, and so is one that names this host and is
+        behind the truth: it keeps others from starting a guest that runs. Raises Unavailable."""
         arbiter = self._world.arbiter
         if not arbiter.is_present or not entry.here:
             return
         try:
             record = await arbiter.read(entry.spec.name)
-            if record is not None and record.owner == self._world.options.host:
+            is_ours = record is not None and record.owner == self._world.options.host
+            if record is not None and is_ours and self._migrations.disproves(record) is None:
                 await arbiter.forget(record)
         except ArbiterError as exc:
             raise Unavailable(
@@ -165,9 +167,11 @@ class Lifecycle:
         if not world.arbiter.is_present:
             return
         epoch = self._vms.last_epoch(name)
-        host, proves = world.options.host, self._migrations.proves
+        host, known = world.options.host, self._migrations
         try:
-            record = await claim(world.arbiter, name, host, epoch, None, proves)
+            record = await claim_to_start(
+                world.arbiter, name, host, epoch, known.proves, known.disproves
+            )
         except ArbiterUnavailable as exc:
             raise Unavailable(
                 f"{name} was not started: {exc.message}; it may run elsewhere", code=exc.code

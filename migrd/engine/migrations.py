@@ -105,6 +105,26 @@ class Migrations:
         came = i is not None and i.state.phase is DestinationPhase.RUNNING
         return came and i is not None and i.state.epoch == record.epoch
 
+    def disproves(self, record: Ownership) -> str | None:
+        """The host that has the guest, where a record that names this host is behind the truth: it
+        was refused here, or has left (by postcopy, or while there was no arbiter) and not come
+        back."""
+        if record.owner != self.world.options.host:
+            return None
+        i = self.incoming.get(record.migration_id or "")
+        if i is not None and i.state.epoch == record.epoch:
+            return i.stored.source if i.state.phase is DestinationPhase.REFUSED else None
+        gone = [m for m in self.outgoing.values() if m.stored.request.vm == record.vm]
+        gone = [m for m in gone if m.has_left and _is_of_or_before(record, m)]
+        if not gone:
+            return None
+        last = max(gone, key=lambda m: m.state.epoch)
+        for came in self.incoming.values():
+            is_newer = came.stored.spec.name == record.vm and came.state.epoch > last.state.epoch
+            if is_newer and came.state.phase is DestinationPhase.RUNNING:
+                return None
+        return last.stored.request.destination
+
     @property
     def pending(self) -> list[Outgoing]:
         """Waiting for a slot, first come first."""
@@ -335,6 +355,10 @@ class Migrations:
         for i in over[: max(0, len(over) - ENDED_IN_MEMORY)]:
             if latest[i.stored.spec.name] != i.id:
                 del self.incoming[i.id]
+
+
+def _is_of_or_before(record: Ownership, m: Outgoing) -> bool:
+    return record.epoch < m.state.epoch or record.migration_id == m.id
 
 
 async def _guarded(work: Coroutine[Any, Any, None], name: str) -> None:

@@ -22,6 +22,9 @@ UNREACHABLE: Final = "ArbiterUnreachable"
 
 Proof = Callable[[Ownership], bool]
 """Does this host's journal prove that the guest is this host's, whatever that record says?"""
+Disproof = Callable[[Ownership], str | None]
+"""The host that has the guest, where this host's journal proves that it is not this host's,
+whatever that record says; None: it proves nothing of the kind."""
 
 
 class Standing(StrEnum):
@@ -78,10 +81,9 @@ def present(world: World) -> Arbiter:
 
 
 async def claim(
-    arbiter: Arbiter, vm: str, host: str, epoch: int, migration_id: str | None, proves: Proof
+    arbiter: Arbiter, vm: str, host: str, epoch: int, migration_id: str, proves: Proof
 ) -> Ownership:
-    """The record says (host, epoch, started) afterwards; for a start (no migration) the epoch may
-    be the newer one of a record that is this host's.
+    """The record says (host, epoch, started) afterwards.
 
     Raises Conflict (`owned_elsewhere`, `stale_epoch`), or ArbiterUnavailable.
     """
@@ -92,19 +94,53 @@ async def claim(
     is_proven = found is not None and proves(found)
     if found is None or not (is_proven or found.owner == host):
         raise elsewhere(vm, found)
-    if found.epoch > epoch and migration_id is not None:
+    if found.epoch > epoch:
         raise Conflict(
             f"the arbiter has seen {vm} at epoch {found.epoch}, this host only at {epoch - 1}: ask "
             "again, and the next one will be used",
             code="stale_epoch",
         )
     try:
-        newest = max(epoch, found.epoch)
         return await arbiter.assign(
-            found, host, epoch=newest, started=True, migration_id=migration_id
+            found, host, epoch=epoch, started=True, migration_id=migration_id
         )
     except ArbiterConflict:
         raise elsewhere(vm, await arbiter.read(vm)) from None
+
+
+async def claim_to_start(
+    arbiter: Arbiter, vm: str, host: str, epoch: int, proves: Proof, disproves: Disproof
+) -> Ownership:
+    """The record says (host, started) afterwards, at `epoch` or the newer one that it had. What was
+    read is what is changed: a grant that comes in between is no start.
+
+    Raises Conflict (`owned_elsewhere`), or ArbiterUnavailable.
+    """
+    found = await arbiter.read(vm)
+    try:
+        if found is None:
+            return await arbiter.claim(vm, host, epoch, None)
+        there = disproves(found)
+        if there is not None:
+            raise behind(found, there)
+        if not (proves(found) or found.owner == host):
+            raise elsewhere(vm, found)
+        if found.owner == host and found.started and found.epoch >= epoch:
+            return found
+        return await arbiter.assign(found, host, epoch=max(epoch, found.epoch), started=True)
+    except ArbiterConflict:
+        raise elsewhere(vm, await arbiter.read(vm)) from None
+
+
+def behind(found: Ownership, there: str) -> Conflict:
+    """The record names this host, and its journal knows better."""
+    return Conflict(
+        f"the arbiter's record of {found.vm} (epoch {found.epoch}) names this host and is behind "
+        f"the truth: by this host's journal the guest is {there}'s; ask migrd on {there} for it, "
+        "which puts the record right with its next start or migration. When that host is gone for "
+        f"good, prove it (power it off), and remove the record of {found.vm} from the arbiter",
+        code="owned_elsewhere",
+    )
 
 
 def elsewhere(vm: str, found: Ownership | None) -> Conflict:

@@ -9,7 +9,7 @@ import pytest
 from migrd.core.migration import Policy, WhenNotConverging
 from migrd.core.phases import Phase
 from migrd.engine.service import Resolution
-from migrd.errors import Unavailable
+from migrd.errors import Conflict, Unavailable
 from tests.engine.arbitrating import (
     AROUND,
     BLACKOUT_S,
@@ -17,6 +17,7 @@ from tests.engine.arbitrating import (
     ends_well,
     once_at,
     power_off,
+    record,
     says,
 )
 from tests.engine.test_steering import never_converges
@@ -156,6 +157,45 @@ async def test_a_stale_record_after_a_durable_refusal_never_blocks_the_next_migr
         await pair.restart("alpha")
         store.heal()
         await pair.migrates_again()
+
+
+async def test_a_host_that_refused_a_guest_does_not_start_it_because_the_record_is_behind() -> None:
+    async with arbitrated() as (pair, store):
+        await _refused_behind_the_record(pair, store)
+        await pair.restart("beta")
+        await pair.beta.service.define_vm(pair.alpha.service.vm(VM).spec, dry_run=False)
+        with pytest.raises(Conflict) as caught:
+            await pair.beta.service.start_vm(VM)
+        assert caught.value.code == "owned_elsewhere"
+        assert "ask migrd on alpha" in caught.value.message
+        await pair.beta.service.forget_vm(VM)
+        assert record(store) is not None, "else anybody could start a guest that runs"
+        store.heal()
+        await pair.migrates_again()
+
+
+async def test_a_host_that_a_guest_left_does_not_start_it_because_the_record_is_behind() -> None:
+    """It left by postcopy while the arbiter was away; the host forgets it and defines it anew."""
+    async with arbitrated() as (pair, store):
+        never_converges(pair)
+        async with once_at(
+            "source.transfer_completed.deciding", lambda: store.down.update(pair.hosts)
+        ):
+            view = await pair.migrate(policy=Policy(when_not_converging=WhenNotConverging.POSTCOPY))
+        assert view.phase == Phase.SUCCEEDED, view.cause
+        store.heal()
+        assert says(store, "alpha"), "behind the truth"
+        await pair.alpha.service.forget_vm(VM)
+        await pair.alpha.service.define_vm(pair.beta.service.vm(VM).spec, dry_run=False)
+        with pytest.raises(Conflict) as caught:
+            await pair.alpha.service.start_vm(VM)
+        assert caught.value.code == "owned_elsewhere"
+        assert "ask migrd on beta" in caught.value.message
+        await pair.alpha.service.forget_vm(VM)
+        assert record(store) is not None, "else anybody could start a guest that runs"
+        pair.ground.calm()
+        await pair.migrates_again()
+        assert pair.running_on() == "beta"
 
 
 async def test_what_was_taken_back_is_not_given_again_by_a_daemon_whose_journal_missed_it() -> None:
