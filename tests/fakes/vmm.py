@@ -38,6 +38,7 @@ T = TypeVar("T")
 DEADLINE_S = 2.0
 LATENCY_S = 0.0004
 PACE_S = 0.1
+LOST_PACE_S = 0.05
 NEAR_END_PACE_S = 0.02
 _SHORT_LIVED = frozenset({QemuStatus.SETUP, QemuStatus.DEVICE, QemuStatus.CANCELLING})
 POLLS_GROW = 1.0
@@ -446,6 +447,8 @@ class FakeFeed:
                     continue
                 self._grown = min(self._grown * POLLS_GROW, LONGEST)
                 self._poll_at_s = now_s() + PACE_S * self._grown
+            elif now_s() >= self._poll_at_s:
+                self._poll_at_s = now_s() + LOST_PACE_S
             left_s = deadline_s - now_s()
             if left_s <= 0:
                 return None
