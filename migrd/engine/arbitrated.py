@@ -332,17 +332,21 @@ async def put_right(m: Outgoing) -> None:
 
 async def _is_back(m: Outgoing) -> bool:
     """The record is this host's, and no late grant can change it. Written over the destination's
-    on what the caller knows: a durable refusal, or a person's proof."""
+    on what the caller knows: a durable refusal, or a person's proof. Once the migration has ended,
+    a record that is gone (the VM was forgotten), or a newer one, is left as it is."""
     vm, here, there = m.stored.request.vm, m.world.options.host, m.peer.name
     epoch, decided_on = m.state.epoch, m.state.decided_on_revision
     try:
         record = await present(m.world).read(vm)
         standing = as_source(record, here, there, epoch, decided_on)
-        if record is None:
+        if m.state.is_terminal and (record is None or record.epoch > epoch):
+            pass
+        elif record is None:
             await present(m.world).claim(vm, here, epoch, m.id)
         elif record.epoch > epoch and record.owner == here:
             pass  # a newer migration of this host has settled it
         elif record.owner not in (here, there) or record.epoch > epoch:
+            m.settle(UNREACHABLE)
             m.trouble(ELSEWHERE, elsewhere(vm, record).message)
             return False
         elif standing is not Standing.BACK:

@@ -118,15 +118,17 @@ class Lifecycle:
 
     async def _forget_record(self, entry: Entry) -> None:
         """The arbiter's record goes first: one that nobody knows of would keep the VM from being
-        started anywhere. Another host's is left alone, and so is one that names this host and is
-        behind the truth: it keeps others from starting a guest that runs. Raises Unavailable."""
-        arbiter = self._world.arbiter
+        started anywhere. Another host's is left alone: it keeps others from starting a guest that
+        runs. Whose it is, this host's journal may know better. Raises Unavailable."""
+        arbiter, known = self._world.arbiter, self._migrations
         if not arbiter.is_present or not entry.here:
             return
         try:
             record = await arbiter.read(entry.spec.name)
-            is_ours = record is not None and record.owner == self._world.options.host
-            if record is not None and is_ours and self._migrations.disproves(record) is None:
+            if record is None:
+                return
+            is_named = record.owner == self._world.options.host
+            if known.proves(record) or (is_named and known.disproves(record) is None):
                 await arbiter.forget(record)
         except ArbiterError as exc:
             raise Unavailable(

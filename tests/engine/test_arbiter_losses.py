@@ -293,3 +293,27 @@ async def test_a_grant_that_is_not_answered_is_taken_back_within_seconds() -> No
         pair.road.heal()
         await until(lambda: pair.stands(migration_id, "beta")[0] == "refused", within_s=200.0)
         await pair.migrates_again()
+
+
+async def test_the_record_of_a_forgotten_vm_stays_away_though_it_was_to_be_put_right() -> None:
+    async with arbitrated() as (pair, store):
+        await _refused_behind_the_record(pair, store)
+        await asyncio.sleep(120.0)
+        pair.guest().may_end = True
+        await pair.alpha.service.stop_vm(VM)
+        store.heal()
+        await pair.alpha.service.forget_vm(VM)
+        assert record(store) is None
+        await asyncio.sleep(120.0)
+        assert record(store) is None, "nobody would know of it, nor could start the VM elsewhere"
+
+
+async def test_a_record_that_a_newer_migration_put_right_is_no_trouble_of_the_old_one() -> None:
+    async with arbitrated() as (pair, store):
+        await _refused_behind_the_record(pair, store)
+        await asyncio.sleep(120.0)
+        store.heal()
+        old, new = pair.alpha.service.migrations()[1][0], await pair.migrate()
+        assert new.phase == Phase.SUCCEEDED, new.cause
+        await asyncio.sleep(120.0)
+        assert not pair.view(old.id).conditions
