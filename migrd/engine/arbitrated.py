@@ -18,6 +18,7 @@ the record is put right afterwards, by a task that keeps trying.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
 from migrd.core.handover import DestinationPhase
@@ -318,14 +319,14 @@ async def fence(m: Outgoing) -> None:
     m.settle(ELSEWHERE)
 
 
-async def put_right(m: Outgoing) -> None:
+async def put_right(m: Outgoing, is_known: Callable[[], bool]) -> None:
     """The guest is here for good, or has ended, and the record may still name the destination.
-    Until it is written; a claim meanwhile does the same."""
+    Until it is written, or the VM is forgotten; a claim meanwhile does the same."""
     was_granted = Phase.GRANTED in {entry.phase for entry in m.state.timeline}
     if not (m.state.arbitrated and was_granted and m.state.is_terminal) or m.has_left:
         return
     pause_s = FIRST_RETRY_S
-    while not await _is_back(m) and ELSEWHERE not in m.troubles:
+    while is_known() and not await _is_back(m) and ELSEWHERE not in m.troubles:
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, LATER_S)
 
@@ -333,18 +334,16 @@ async def put_right(m: Outgoing) -> None:
 async def _is_back(m: Outgoing) -> bool:
     """The record is this host's, and no late grant can change it. Written over the destination's
     on what the caller knows: a durable refusal, or a person's proof. Once the migration has ended,
-    a record that is gone (the VM was forgotten), or a newer one, is left as it is."""
+    a newer record is left as it is."""
     vm, here, there = m.stored.request.vm, m.world.options.host, m.peer.name
     epoch, decided_on = m.state.epoch, m.state.decided_on_revision
     try:
         record = await present(m.world).read(vm)
         standing = as_source(record, here, there, epoch, decided_on)
-        if m.state.is_terminal and (record is None or record.epoch > epoch):
-            pass
-        elif record is None:
+        if record is None:
             await present(m.world).claim(vm, here, epoch, m.id)
-        elif record.epoch > epoch and record.owner == here:
-            pass  # a newer migration of this host has settled it
+        elif record.epoch > epoch and (record.owner == here or m.state.is_terminal):
+            pass  # a newer migration has settled it
         elif record.owner not in (here, there) or record.epoch > epoch:
             m.settle(UNREACHABLE)
             m.trouble(ELSEWHERE, elsewhere(vm, record).message)

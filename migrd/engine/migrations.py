@@ -202,7 +202,9 @@ class Migrations:
                 await self._after_outgoing(m)
                 self.start_pending()
                 self._forget_old()
-                await put_right(m)
+                vm = m.stored.request.vm
+                entry = self.vms.get(vm)
+                await put_right(m, lambda: self.vms.get(vm) is entry)
 
     def _ended(self, m: Outgoing) -> None:
         """What became of the VM here; true by the time that a client can see the end."""

@@ -317,3 +317,12 @@ async def test_a_record_that_a_newer_migration_put_right_is_no_trouble_of_the_ol
         assert new.phase == Phase.SUCCEEDED, new.cause
         await asyncio.sleep(120.0)
         assert not pair.view(old.id).conditions
+
+
+async def test_a_record_removed_by_hand_is_there_again_once_the_guest_is_back() -> None:
+    async with arbitrated() as (pair, store):
+        async with once_at("source.assign.deciding", store.entries.clear):
+            view = await pair.migrate()
+        assert view.phase == Phase.ROLLED_BACK, view.cause
+        await until(lambda: says(store, "alpha"), what="nobody else can start the VM")
+        await pair.migrates_again()
