@@ -275,6 +275,7 @@ class Migrations:
 
     def _arrived(self, i: IncomingRecord) -> None:
         """The guest runs here: it is one of this host's VMs now."""
+        self._before.pop(i.id, None)
         state = RunState.RUNNING if i.state.run_guest else RunState.PAUSED
         busy = i.id if i.state.mode is Mode.POSTCOPY else None
         if i.stored.decision is not None:
@@ -319,6 +320,7 @@ class Migrations:
 
     def taken_back(self, i: Incoming) -> None:
         """What an operator gave back to the source is not this host's any more."""
+        self._before.pop(i.id, None)
         entry = self.vms.get(i.stored.spec.name)
         if i.state.phase is DestinationPhase.REFUSED and entry and entry.migration_id == i.id:
             entry.here, entry.migration_id = False, None

@@ -156,6 +156,15 @@ async def test_nothing_is_asked_of_qemu_between_stop_and_grant_but_what_must_be(
         assert between.count("journal.append_outgoing") == 2, records
 
 
+async def test_hosts_that_a_guest_comes_to_again_and_again_keep_nothing_of_how_it_was_before() -> (
+    None
+):
+    async with running_pair() as pair:
+        await pair.migrates_again(times=4)
+        await pair.settle()
+        assert [len(d.engine.migrations._before) for d in pair.daemons.values()] == [0, 0]
+
+
 def busy(pair: Pair) -> None:
     """A guest that takes some rounds."""
     pair.ground.wire.bandwidth_bytes_per_s = 200 * MIB
