@@ -66,6 +66,12 @@ class RecordKeeping:
                 record = await present(i.world).assign(
                     record, here, epoch=epoch, started=False, migration_id=i.id
                 )
+            elif record is not None and standing is Standing.LOST and self.is_proven:
+                i.say_why_not(
+                    f"the arbiter's record of {record.vm} says {record.owner} (epoch "
+                    f"{record.epoch}), which is not of this migration: ask migrd on {record.owner} "
+                    f"for {record.vm}; the copy is kept, and is given up by the word guest_lost"
+                )
         except ArbiterConflict:
             return None
         except ArbiterUnavailable as exc:

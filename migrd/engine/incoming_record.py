@@ -114,6 +114,13 @@ class IncomingRecord:
             self.log.warning("the arbiter", answers=trouble is None, cause=trouble)
             self.changed("migration.changed")
 
+    def say_why_not(self, why: str) -> None:
+        """Why it does not go on; said once."""
+        if self.note != why:
+            self.note = why
+            self.log.error("it does not go on", cause=why)
+            self.changed("migration.changed")
+
     async def wait_newer(self, generation: int, within_s: float) -> DestinationView:
         """The view, as soon as its generation exceeds the one given or time is over."""
         with contextlib.suppress(TimeoutError):

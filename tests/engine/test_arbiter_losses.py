@@ -21,7 +21,7 @@ from tests.engine.arbitrating import (
     says,
 )
 from tests.engine.test_steering import never_converges
-from tests.fakes.arbiter import FakeArbiterStore
+from tests.fakes.arbiter import FakeArbiter, FakeArbiterStore
 from tests.fakes.virtual_time import now_s, until
 from tests.fakes.world import VM, Pair
 
@@ -133,6 +133,28 @@ async def test_a_source_gone_before_the_grant_leaves_the_copy_to_a_persons_word(
         assert says(store, "beta")
         await pair.start("alpha")
         assert (await pair.until_over(migration_id)).phase == Phase.SUCCEEDED
+
+
+async def test_a_word_that_the_record_stands_against_says_so_and_runs_nothing() -> None:
+    """The source is gone, and somebody has started the VM on a third host meanwhile."""
+    async with arbitrated(loaded_idle_s=30.0) as (pair, store):
+        async with once_at("source.assign.deciding", lambda: power_off(pair, "alpha")):
+            migration_id = await pair.ask()
+            await until(lambda: pair.daemons["alpha"].gate.is_dead)
+        await pair.kill("alpha")
+        await asyncio.sleep(120.0)
+        found = record(store)
+        assert found is not None
+        gamma = FakeArbiter(store, "gamma")
+        await gamma.assign(found, "gamma", epoch=found.epoch + 1, started=True)
+        service = pair.beta.service
+        said = Resolution.USE_DESTINATION_COPY
+        await service.resolve(migration_id, said, evidence="it burnt", by="op")
+        await asyncio.sleep(20.0)
+        assert pair.running_on() is None
+        assert any("says gamma" in c.message for c in service.migration(migration_id).conditions)
+        assert pair.hosts["beta"].living(VM), "the copy is kept"
+        await pair.start("alpha")
 
 
 # Records that are behind the truth ----------------------------------------------------------------
