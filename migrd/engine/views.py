@@ -216,7 +216,8 @@ def of_incoming(i: Incoming) -> MigrationView:
     """The destination's view of a migration."""
     now_s = i.world.clock.monotonic_s()
     sample, phase = i.sample, i.state.phase
-    over = i.is_over
+    # dead while it was started: nothing is left to do here, and a person's word may change it yet
+    over = i.is_over and phase is not DestinationPhase.STARTING
     elapsed_s = (i.entered[-1][2] if over else now_s) - i.entered[0][2]
     runs_on = RUNS_ON_SEEN_THERE[phase]
     if i.vmm_died and phase is not DestinationPhase.REFUSED:  # else taken back by the source

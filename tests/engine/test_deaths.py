@@ -180,6 +180,8 @@ async def test_the_destinations_qemu_dies_as_it_starts_and_nobody_guesses() -> N
         view = pair.view(migration_id)
         assert view.cause is not None
         assert view.cause.code == "destination_died_starting"
+        there = pair.view(migration_id, "beta")
+        assert (there.phase, there.is_terminal) == ("starting", False)  # a word may change it
         assert view.guest_runs_on is Whereabouts.UNKNOWN
         other = pair.view(migration_id, on="beta")
         assert other.guest_runs_on is Whereabouts.UNKNOWN

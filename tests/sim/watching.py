@@ -45,8 +45,6 @@ TABLE_THERE = {phase: dict(row) for phase, row in DESTINATION_TRANSITIONS.items(
 RESUMED_S = 1.0
 ACTS_FIRST = frozenset({Phase.PREFLIGHT, Phase.SWITCHOVER, Phase.ROLLING_BACK})
 """What a source whose journal fails does first, and says so (engine.outgoing)."""
-UNSURE = frozenset({DestinationPhase.STARTING})
-"""A destination whose QEMU died there waits for what an operator says at the source."""
 MAY_END_SOURCE = frozenset({Phase.COMPLETING, Phase.SUCCEEDED, Phase.GUEST_LOST})
 TERMINAL = frozenset(phase for phase, row in TABLE.items() if not row)
 
@@ -203,8 +201,7 @@ class Watch:
         if view.phase not in allowed and not (is_said and view.phase in ACTS_FIRST):
             self.say(f"I8: {course.host} answers {view.phase}, its journal says {course.phase}")
         last, course.seen = course.seen, view
-        is_end = last is not None and last.is_terminal and last.phase not in UNSURE
-        if last is not None and is_end and view.phase != last.phase:
+        if last is not None and last.is_terminal and view.phase != last.phase:
             self.say(f"I3: {course.host} said {last.phase} and now {view.phase}")
 
     def _check_place(self, view: MigrationView) -> None:
