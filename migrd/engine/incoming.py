@@ -68,6 +68,10 @@ RAN_AND_STOPPED: Final = frozenset(
 """Past `starting`, only a guest that has run gets there: by this daemon's `cont`, or by that of one
 that was killed after it."""
 ENDED_THERE: Final = frozenset(phase.value for phase in TERMINAL - {Phase.SUCCEEDED})
+TAKES_BACK: Final = ENDED_THERE | {Phase.ROLLING_BACK.value}
+"""Phases of a source that was given the guest back, as long as this side has not refused it."""
+SAYS_S: Final = 1.5
+"""So long the source may take to say it: it waits for the answer to its message meanwhile."""
 
 
 class Incoming(IncomingRecord):
@@ -99,12 +103,22 @@ class Incoming(IncomingRecord):
 
     async def take_back(self, reason: str) -> None:
         """The source has the guest back by an operator's word, and our QEMU, which died while it
-        was started, never will run it. For a task that is over; raises JournalError, and
-        ArbiterUnavailable: with an arbiter its record must say so."""
+        was started, never will run it. The message alone does not say so, for it may be one from
+        before the grant that comes late: with an arbiter its record must, else the source itself.
+        For a task that is over; raises JournalError, ArbiterUnavailable."""
         async with self._taking_back:  # a message that is repeated must not be journalled twice
             may = self.state.phase is DestinationPhase.STARTING and self.vmm_died
-            if may and await self._record.is_the_sources():
+            if may and await self._is_given_back():
                 await self._apply(DestinationTrigger.TAKEN_BACK, reason=reason)
+
+    async def _is_given_back(self) -> bool:
+        if self.stored.settings.arbitrated:
+            return await self._record.is_the_sources()
+        with contextlib.suppress(PeerError, TimeoutError):
+            async with asyncio.timeout(SAYS_S):
+                if self.source is not None:
+                    return (await self.source.source_view(self.id)).phase in TAKES_BACK
+        return False
 
     async def take_back_if_ended(self) -> None:
         """The same, where the source says by itself that it has ended. Raises as `take_back`."""
