@@ -228,15 +228,17 @@ class _Settling:
     async def _give_for_good(self) -> MigrationEvent:
         """The guest cannot come back: the record is written for as long as it takes. In precopy
         GRANT waits for that: a destination that finds the record not its own throws away what may
-        be the only copy. One that an earlier daemon took back is not given again: the guest may
-        have run here since."""
+        be the only copy. So may one where postcopy was chosen and all had arrived before it began:
+        no loss while the source lives. One that an earlier daemon took back is not given again: the
+        guest may have run here since."""
         m, pause_s = self._m, FIRST_RETRY_S
+        is_precopy = m.state.mode is Mode.PRECOPY
         giving = asyncio.create_task(_keep_giving(m), name=f"giving-{m.id[:8]}")
         try:
             while True:
                 if giving.done() and not giving.result():
                     return self._taken_back()
-                may_grant = m.state.mode is Mode.POSTCOPY or giving.done()
+                may_grant = giving.done() or not (is_precopy or m.vmm.is_dead)
                 asking = grant_once if may_grant else view_once
                 event = await asking(m, self._died_is_unknown)
                 if event is not None:

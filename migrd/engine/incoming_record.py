@@ -197,6 +197,7 @@ class IncomingRecord:
         self.world.observer.phase_changed("destination", old.phase, state.phase, lasted_s)
         self.log.info("phase", phase=state.phase.value, reason=state.reason)
         if state.phase is DestinationPhase.RUNNING:
+            self.transfer_completed = state.mode is Mode.PRECOPY
             self.world.observer.migration_ended("destination", "running", "none")
             self.on_running(self)
         self.changed("migration.phase")

@@ -348,3 +348,31 @@ async def test_a_record_removed_by_hand_is_there_again_once_the_guest_is_back() 
         assert view.phase == Phase.ROLLED_BACK, view.cause
         await until(lambda: says(store, "alpha"), what="nobody else can start the VM")
         await pair.migrates_again()
+
+
+async def test_the_only_copy_is_not_granted_before_its_record_though_postcopy_was_chosen() -> None:
+    """All of it had arrived before postcopy began, so the destination goes by the record. Then the
+    source's process dies, and its host is cut off from the arbiter."""
+    async with arbitrated() as (pair, store):
+        never_converges(pair)
+        async with once_at(
+            "source.postcopy_chosen.journalled", lambda: pair.alpha.gate.crash()
+        ) as struck:
+            policy = Policy(when_not_converging=WhenNotConverging.POSTCOPY)
+            migration_id = await pair.ask(policy=policy)
+            await until(lambda: struck)
+        pair.ground.calm()
+        await asyncio.sleep(30.0)
+
+        def strike() -> None:
+            pair.hosts["alpha"].qemu(VM).die("killed")
+            store.down.add("alpha")
+
+        async with once_at("source.transfer_completed.journalled", strike) as struck:
+            await pair.restart("alpha")
+            await until(lambda: struck)
+            await asyncio.sleep(10.0)
+        assert pair.stands(migration_id, "beta")[0] == "loaded"
+        store.heal()
+        assert (await pair.until_over(migration_id)).phase == Phase.SUCCEEDED
+        await pair.migrates_again()
