@@ -32,6 +32,7 @@ from migrd.core.migration import Mode
 from migrd.core.phases import TERMINAL, IllegalTransition, Phase
 from migrd.engine.incoming_ownership import RecordKeeping
 from migrd.engine.incoming_record import IncomingRecord
+from migrd.engine.orphan import Orphan, is_copy_gone
 from migrd.engine.ports import Peer, StoredIncoming, Vmm
 from migrd.engine.world import World
 from migrd.errors import (
@@ -327,6 +328,7 @@ class Incoming(IncomingRecord):
         vmm = self._living()
         async with vmm.feed() as feed:
             sample: TransferSample | None = await vmm.sample()
+            orphan = Orphan(self)
             while sample is None or sample.qemu_status is not QemuStatus.COMPLETED:
                 self.sample = sample or self.sample
                 if sample is not None:
@@ -334,6 +336,9 @@ class Incoming(IncomingRecord):
                 if self.postcopy_paused and await self._is_beyond_help(vmm):
                     await vmm.quit()
                     raise VmmDied(f"QEMU {vmm.pid} was ended: the memory it waited for is gone")
+                if not self.postcopy_paused and await orphan.is_left_alone():
+                    with contextlib.suppress(VmmRefused):  # it paused by itself just now
+                        await vmm.pause_postcopy()
                 sample = await feed.newer(within_s=TICK_S)
         self.transfer_completed = True
         self.changed("migration.changed")
@@ -344,14 +349,7 @@ class Incoming(IncomingRecord):
         Parts of the guest may run on for a while: before anybody says that it runs nowhere, so
         that it may be started anew, it has to be ended here.
         """
-        if self.source is None:
-            return False
-        try:
-            async with asyncio.timeout(2.0):
-                view = await self.source.source_view(self.id)
-        except (PeerError, TimeoutError):
-            return False
-        if not view.copy_gone:
+        if not await is_copy_gone(self):
             return False
         return (await vmm.sample()).qemu_status is QemuStatus.POSTCOPY_PAUSED  # asked after that
 

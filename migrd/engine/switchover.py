@@ -58,6 +58,9 @@ and the guest may stand still."""
 YANKED_S: Final = 5.0
 """After the yank the source must be seen to have failed within this."""
 DEATH_S: Final = 5.0
+NEVER_LEFT: Final = frozenset(
+    {QemuStatus.ACTIVE, QemuStatus.PRE_SWITCHOVER, QemuStatus.FAILED, QemuStatus.CANCELLED}
+)
 
 
 async def complete_switchover(m: Outgoing) -> MigrationEvent:
@@ -293,7 +296,17 @@ async def keep_asking(m: Outgoing) -> MigrationEvent:
         return await _until_there_is_nothing(m)
     if m.state.undoing:
         return await bring_back(m, death_s=None)
-    view = await _destination_loaded(m)
+    try:
+        return await _settle_what_has_left(m)
+    except VmmDied:
+        return await keep_asking(m)  # as of a source that is dead
+
+
+async def _settle_what_has_left(m: Outgoing) -> MigrationEvent:
+    """Of a postcopy that nobody saw arrive."""
+    view = await _loaded_unless_here(m)
+    if view is None:
+        return await bring_back(m, death_s=None)
     is_refused = view.phase is DestinationPhase.REFUSED
     if m.vmm.is_dead:
         if is_refused:
@@ -302,6 +315,22 @@ async def keep_asking(m: Outgoing) -> MigrationEvent:
     if is_refused or await _source_done(m, fresh=True) is not None:  # rule 4 of the handover
         return await bring_back(m, death_s=None)
     return m.event(Trigger.TRANSFER_COMPLETED)
+
+
+async def _loaded_unless_here(m: Outgoing) -> DestinationView | None:
+    """The destination's answer; None as soon as the source's QEMU says that the guest never left:
+    its monitor may have been away when that was asked, and the destination waits for ever."""
+    loaded = asyncio.create_task(_destination_loaded(m))
+    try:
+        while not loaded.done():
+            sample = None if m.vmm.is_dead else await _ask_source(m)
+            if sample is not None and sample.qemu_status in NEVER_LEFT:
+                return None
+            await asyncio.wait({loaded}, timeout=LONGEST_RETRY_S)
+        return loaded.result()
+    finally:
+        loaded.cancel()
+        await asyncio.wait([loaded])
 
 
 async def _until_there_is_nothing(m: Outgoing) -> MigrationEvent:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from migrd.engine import engine, incoming
+from migrd.engine import engine, incoming, orphan
 from migrd.engine.devices import HostDevices
 from migrd.engine.host import HostFacts
 from migrd.engine.reevaluation import Reevaluation
@@ -57,7 +57,7 @@ SHIPPED = Tempo(
     is_sealed=True,
     faults_s=90.0,
     patience_s=60.0,
-    end_s=500.0,
+    end_s=1_500.0,
     again_each=1,
     lasts_s=(0.001, 0.05, 0.5, 3.0, 20.0, 70.0),
     aways_s=(0.0, 0.0, 0.05, 1.0, 45.0),
@@ -79,6 +79,8 @@ BRISK = Tempo(
     (
         (engine, "RESCAN_S", 9.0),
         (incoming, "TICK_S", 1.5),
+        (orphan, "NOTHING_MORE_S", 20.0),
+        (orphan, "ASK_EACH_S", 3.0),
         (vmm, "POLLS_GROW", 1.5),
         (road, "LATE_S", 12.0),
         (virtual_time, "GROWTH", 1.4),

@@ -21,6 +21,29 @@ FIRST = 1_000_000
 
 FOUND = [
     (
+        "a postcopy whose source died behind a link that says nothing: both sides waited for ever",
+        Schedule(
+            2003681,
+            scripts.postcopy,
+            (
+                Timed(0.0095, "qemu_hangs", "beta", 0.5, after="completing"),
+                Timed(0.0154, "qemu_dies", "alpha", 0.05, after="starting"),
+                Lost(1, Loss.UNREACHABLE, "grant"),
+                Timed(0.0129, "freeze", "beta", 0.5, after="starting"),
+            ),
+            BRISK,
+        ),
+    ),
+    (
+        "a monitor that was away as postcopy was to leave: nobody told QEMU to go on, or back",
+        Schedule(
+            2027752,
+            scripts.postcopy,
+            (Timed(0.0002, "monitor_lost", "alpha", 7.0, after="switchover"),),
+            BRISK,
+        ),
+    ),
+    (
         "a preflight that failed left the look at QEMU behind, which nobody waited for",
         Schedule(
             1005233,
