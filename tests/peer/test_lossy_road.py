@@ -95,7 +95,7 @@ def test_over_a_road_that_loses_half_of_everything_one_truth_comes_out(
     work: Callable[[Pair], Awaitable[None]],
 ) -> None:
     failures = [_run(work, seed) for seed in SEEDS]
-    assert sum(failures) > len(SEEDS)  # the road really was lossy
+    assert sum(failures) > len(SEEDS) / 2  # the road really was lossy
 
 
 def test_one_seed_is_one_run() -> None:

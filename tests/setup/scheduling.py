@@ -5,7 +5,10 @@ from typing import Final
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # xdist's own
 
 _DIRECTORIES = ("bench", "contract", "daemon", "demo", "integration", "lab", "qemu")
-ONE_AT_A_TIME: Final = tuple(f"tests/{name}/" for name in _DIRECTORIES)
+ONE_AT_A_TIME: Final = (
+    *(f"tests/{name}/" for name in _DIRECTORIES),
+    "tests/arbiter/test_partition.py",
+)
 """Where tests with a QEMU are."""
 
 
