@@ -84,6 +84,7 @@ class Incoming(IncomingRecord):
         super().__init__(world, stored, state, source)
         self._record = RecordKeeping(self)
         self._taking_back = asyncio.Lock()
+        self._orphan = Orphan(self)
 
     # Messages from the source -------------------------------------------------------------
 
@@ -328,7 +329,6 @@ class Incoming(IncomingRecord):
         vmm = self._living()
         async with vmm.feed() as feed:
             sample: TransferSample | None = await vmm.sample()
-            orphan = Orphan(self)
             while sample is None or sample.qemu_status is not QemuStatus.COMPLETED:
                 self.sample = sample or self.sample
                 if sample is not None:
@@ -336,7 +336,7 @@ class Incoming(IncomingRecord):
                 if self.postcopy_paused and await self._is_beyond_help(vmm):
                     await vmm.quit()
                     raise VmmDied(f"QEMU {vmm.pid} was ended: the memory it waited for is gone")
-                if not self.postcopy_paused and await orphan.is_left_alone():
+                if not self.postcopy_paused and await self._orphan.is_left_alone():
                     with contextlib.suppress(VmmRefused):  # it paused by itself just now
                         await vmm.pause_postcopy()
                 sample = await feed.newer(within_s=TICK_S)

@@ -55,8 +55,6 @@ ASK_S: Final = 0.3
 LOST_S: Final = 0.8
 """A long poll that has not answered by then is asked again: its message, or the answer, was lost,
 and the guest may stand still."""
-YANKED_S: Final = 5.0
-"""After the yank the source must be seen to have failed within this."""
 DEATH_S: Final = 5.0
 NEVER_LEFT: Final = frozenset(
     {QemuStatus.ACTIVE, QemuStatus.PRE_SWITCHOVER, QemuStatus.FAILED, QemuStatus.CANCELLED}
@@ -299,7 +297,9 @@ async def keep_asking(m: Outgoing) -> MigrationEvent:
     try:
         return await _settle_what_has_left(m)
     except VmmDied:
-        return await keep_asking(m)  # as of a source that is dead
+        if not m.vmm.is_dead:
+            raise
+        return await keep_asking(m)
 
 
 async def _settle_what_has_left(m: Outgoing) -> MigrationEvent:
