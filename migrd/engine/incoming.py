@@ -379,14 +379,25 @@ class Incoming(IncomingRecord):
             return True
         if idle_s <= limit_s or (self.sample is not None and self.sample.qemu_status.is_postcopy):
             return False
-        if self.state.may_refuse_by_time_out:
+        if self.state.may_refuse_by_time_out and await self._is_closed():
             await self._refuse(f"nothing came from {self.stored.source} for {idle_s:.0f} s")
             return True
         self._call_operator(idle_s)
         return False
 
+    async def _is_closed(self) -> bool:
+        """Can no guest come any more? Where it may leave by postcopy, it may do so while a refusal
+        is being written, and then only this QEMU has all of it: so the connection is cut first.
+        Of one that nobody has connected to, it cannot be told: somebody still may."""
+        if self.vmm is None or not self.stored.settings.postcopy:
+            return True
+        with contextlib.suppress(VmmRefused):  # nobody is connected
+            await self.vmm.free_stalled()
+        await asyncio.sleep(SOON_S)
+        return (await self.vmm.sample()).qemu_status in (QemuStatus.FAILED, QemuStatus.CANCELLED)
+
     def _call_operator(self, idle_s: float) -> None:
-        """The source is silent and this copy is whole: it is kept, for it may be the last one."""
+        """The source is silent, and this copy is whole or may become so: it may be the last one."""
         if self.note is None:
             self.note = f"{self.stored.source} has been silent for {idle_s:.0f} s; the copy is kept"
             self.log.error("the source is silent; an operator is needed", note=self.note)

@@ -2,8 +2,7 @@
 
     complete_switchover   migrate-continue; source seen unable to resume, destination loaded
                                                                     => TRANSFER_COMPLETED
-    obtain_answer         (granted is durable) GRANT, asked until answered  => DESTINATION_RAN /
-    _REFUSED
+    obtain_answer         (granted is durable) GRANT, until answered => DESTINATION_RAN, _REFUSED
     keep_asking           the same without a deadline, while the operator is called
     release_source        end the source QEMU                        => SOURCE_RELEASED
 
@@ -227,6 +226,7 @@ async def _late(m: Outgoing, deadline_s: float) -> MigrationEvent:
             "does not say that it arrived; nothing may be killed on either side",
         )
         return m.event(Trigger.OUTCOME_UNKNOWN, cause=cause)
+    m.may_have_run = True  # from here QEMU resumes the guest by itself
     with contextlib.suppress(VmmError):  # whatever it did shows when we look
         await m.vmm.free_stalled()
     return m.failed("switchover_timed_out", f"{message}; the connection was cut to free the guest")

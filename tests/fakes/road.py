@@ -7,6 +7,7 @@ are missing. `faults` is asked for each message: what becomes of it.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
 from enum import Enum
@@ -52,6 +53,7 @@ class Door:
         self._gate = gate
         self.context: Context = copy_context()
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.is_closed = False
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work, context=self.context)
@@ -67,6 +69,7 @@ class Door:
 
     async def close(self) -> None:
         """The daemon is gone: whatever it was answering is cut off."""
+        self.is_closed = True
         tasks = list(self.tasks)
         for task in tasks:
             task.cancel()
@@ -85,6 +88,8 @@ class Road:
         self.mute: set[tuple[str, str]] = set()
         """(caller, callee): a request gets there, and no answer comes back (half open)."""
         self.log: list[tuple[str, str, str]] = []
+        self.under_way: Counter[tuple[str, str]] = Counter()
+        """(caller, call): those without an answer yet."""
         self._late: set[asyncio.Task[None]] = set()
 
     def part(self, a: str, b: str) -> None:
@@ -127,6 +132,13 @@ class RoadPeer(WirePeer):
         self._caller = caller
 
     async def _exchange(self, call: str, body: bytes, *, within_s: float) -> Reply:
+        self._road.under_way[self._caller, call] += 1
+        try:
+            return await self._carried(call, body, within_s)
+        finally:
+            self._road.under_way[self._caller, call] -= 1
+
+    async def _carried(self, call: str, body: bytes, within_s: float) -> Reply:
         road, way = self._road, (self._caller, self.name)
         road.log.append((*way, call))
         loss = road.faults(*way, call)
@@ -142,6 +154,7 @@ class RoadPeer(WirePeer):
             road.later(*way, call, body, LATENCY_S)
         if loss is Loss.OVERTAKEN:
             await asyncio.sleep(min(OVERTAKEN_S, within_s / 2))
+            door = road.doors.get(self.name, door)
         if loss in (Loss.REQUEST_LOST, Loss.REQUEST_LATE):
             await asyncio.sleep(within_s)
             raise PeerTimedOut(f"{self.name}: no answer to {call} within {within_s:g} s")
@@ -156,6 +169,8 @@ class RoadPeer(WirePeer):
 
     async def _served(self, door: Door, call: str, body: bytes, within_s: float) -> Reply:
         """The callee ends what it has begun, unless it is itself ended; only `view` is cut off."""
+        if door.is_closed:
+            raise PeerTimedOut(f"{self.name}: the connection broke after {call} was sent")
         task = door.spawn(door.answer(self._caller, call, body))
         try:
             await asyncio.wait([task], timeout=within_s)

@@ -44,6 +44,7 @@ _SHORT_LIVED = frozenset({QemuStatus.SETUP, QemuStatus.DEVICE, QemuStatus.CANCEL
 POLLS_GROW = 1.0
 """Each poll that finds nothing new makes the pause before the next one so much longer."""
 LONGEST = 20.0
+IN_POSTCOPY = frozenset({QemuStatus.POSTCOPY_ACTIVE, QemuStatus.POSTCOPY_RECOVER})
 IDLE = frozenset({QemuStatus.NONE, QemuStatus.COMPLETED, QemuStatus.FAILED, QemuStatus.CANCELLED})
 
 
@@ -308,7 +309,7 @@ class FakeVmm:
     async def pause_postcopy(self) -> None:
         def pause() -> None:
             transfer = self._transfer()
-            if not transfer.is_postcopy or self.qemu.status is QemuStatus.POSTCOPY_PAUSED:
+            if not transfer.is_postcopy or self.qemu.status not in IN_POSTCOPY:
                 raise VmmRefused("migrate-pause is currently only supported during postcopy")
             if transfer.source is not self.qemu:  # it pauses, whatever the other end knows
                 self.qemu.set_status(QemuStatus.POSTCOPY_PAUSED)

@@ -153,6 +153,8 @@ class Trouble:
             if qemu.copy == guest.version or qemu.is_running or is_missed:
                 self.died.append(qemu.name)
                 self._watch.may_be_gone = True
+                if self._pair.road.under_way[blow.host, "discard"]:
+                    guest.may_end = True  # the other copy was given up while this one was whole
             qemu.die("killed by the schedule")
 
     async def _qemu_hangs(self, blow: Timed) -> None:

@@ -21,6 +21,18 @@ FIRST = 1_000_000
 
 FOUND = [
     (
+        "a destination gave up on silence while the guest left by postcopy, and ended what it had",
+        Schedule(
+            3019773,
+            scripts.postcopy,
+            (
+                Struck("alpha", 12, 43, 12.0),
+                Timed(3.3739073840080795, "stopped", "beta", 14.0),
+            ),
+            BRISK,
+        ),
+    ),
+    (
         "a postcopy whose source died behind a link that says nothing: both sides waited for ever",
         Schedule(
             2003681,
@@ -145,6 +157,17 @@ def test_a_destination_whose_guest_was_given_back_does_not_say_that_it_runs_nowh
     ended = play(Schedule(1003150, scripts.plain, (dies,), BRISK))
     assert ended.resolved == ["destination_died_starting: destination_fenced"]
     assert ended.phase == Phase.ROLLED_BACK
+
+
+def test_a_source_that_was_freed_and_died_leaves_a_copy_that_a_person_judges() -> None:
+    """Found by seed 3015945: cut loose at its deadline it had resumed, unseen, before it died, and
+    the destination's copy, older than the guest, was run."""
+    blows = (
+        Timed(0.12729775704635873, "swallow_ack", "beta", 7.0),
+        Timed(0.0008072548784276388, "qemu_dies", "alpha", 14.0, after="rolling_back"),
+    )
+    ended = play(Schedule(3015945, scripts.plain, blows, BRISK))
+    assert ended.resolved == ["source_died_unwatched: guest_lost"]
 
 
 def owned_before_cont(patch: pytest.MonkeyPatch) -> None:

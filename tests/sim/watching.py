@@ -1,7 +1,8 @@
 """What must be true after every step of a run, and what says so when it is not.
 
     I1   fakes.guest.Guest.started: the vCPUs run nowhere else          at each start of a guest
-    I2   Guest.check_kept, and here: a whole copy exists unless what had it was killed
+    I2   Guest.check_kept, and here: a whole copy exists unless what had it was killed (a source
+         whose journal fails has the other copy refused before it resumes: what has it then, is it)
                                                      at each end of a QEMU, each record, each look
     I3   here: a terminal phase is the last one; run._check: it is the ground truth
     I4   Guest.started: nobody runs a copy that is older than the guest
@@ -46,6 +47,7 @@ RESUMED_S = 1.0
 ACTS_FIRST = frozenset({Phase.PREFLIGHT, Phase.SWITCHOVER, Phase.ROLLING_BACK})
 """What a source whose journal fails does first, and says so (engine.outgoing)."""
 MAY_END_SOURCE = frozenset({Phase.COMPLETING, Phase.SUCCEEDED, Phase.GUEST_LOST})
+HAS_LEFT = frozenset({Phase.GRANTED, Phase.COMPLETING, Phase.SUCCEEDED})
 TERMINAL = frozenset(phase for phase, row in TABLE.items() if not row)
 
 
@@ -147,7 +149,10 @@ class Watch:
         daemon = self.pair.daemons.get(course.host)
         if not is_quiet or not is_last or self.may_be_gone or daemon is None or daemon.gate.is_dead:
             return
-        if self.pair.running_on() != course.host:
+        runs_on = self.pair.running_on()
+        if course.phase in HAS_LEFT and runs_on is not None:
+            return  # it had left by postcopy before that
+        if runs_on != course.host:
             self.say(f"I10: not running on {course.host} {RESUMED_S:g} s after a roll-back began")
 
     def _check_kept(self) -> None:

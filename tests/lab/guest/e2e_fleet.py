@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import glob
 import json
 import os
 import re
@@ -198,7 +199,9 @@ class Lab:
     def listen(self) -> None:
         """Take what guests have printed since the last time."""
         for host in self.hosts.values():
-            for log in sorted((host.directory / "run" / "vms").glob("*/*/serial.log")):
+            # Not Path.glob: a directory that goes away while it looks is an error to it.
+            for found in sorted(glob.glob(f"{host.directory}/run/vms/*/*/serial.log")):
+                log = Path(found)
                 if log not in self.serial:
                     fd = os.open(log, os.O_RDONLY | os.O_CLOEXEC)
                     self.serial[log] = SerialTap(f"{host.name}/{log.parent.name}"), fd
