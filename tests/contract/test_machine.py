@@ -266,6 +266,31 @@ async def test_a_stalled_switchover_is_freed_out_of_band(world: World[Vmm], chan
             await seen(feed, lambda s: s.run_state is RunState.RUNNING, "the guest running again")
 
 
+async def test_a_destination_that_is_cut_off_takes_no_guest_and_the_source_runs_on(
+    world: World[Vmm],
+) -> None:
+    """Done before silence counts as a refusal (engine.incoming): nothing comes afterwards."""
+    postcopy = replace(ENDLESS, postcopy=True)
+    if world.version == "direct":  # it has no need of it
+        with pytest.raises(VmmRefused, match="postcopy"):
+            await prepared(world, postcopy)
+        return
+    source, destination, address = await prepared(world, postcopy)
+    with contextlib.suppress(VmmRefused):  # nobody is connected yet
+        await destination.free_stalled()
+    assert (await destination.sample()).qemu_status in (QemuStatus.SETUP, QemuStatus.NONE)
+    async with source.feed() as feed:
+        await source.start_outgoing(address)
+        await seen(feed, lambda s: (s.transferred_bytes or 0) > MIB, "some bytes sent")
+        with contextlib.suppress(VmmDied):  # older ones exit of it, before or after they answer
+            await destination.free_stalled()
+        await status_seen(feed, QemuStatus.FAILED)
+    assert await source.run_state() is RunState.RUNNING
+    with contextlib.suppress(VmmDied):
+        await status_reached(destination, QemuStatus.FAILED)
+    await world.nothing_is_left_behind(source)
+
+
 async def test_a_destination_prepared_twice_listens_once(world: World[Vmm]) -> None:
     destination = await world.destination()
     first = await destination.prepare_incoming(FAST, None, "127.0.0.1")

@@ -332,6 +332,10 @@ class FakeVm:
     async def _yank(self, instances: list[dict[str, Any]]) -> Reply:
         if self.status not in UNDER_WAY:
             raise Refusal("Instance not found", "DeviceNotFound")
+        if self.is_incoming:
+            if self.peer is not None:  # else nobody is connected yet
+                await self.peer._fail("Unable to write to socket: Connection reset by peer")
+            return {}
         moved_s = asyncio.get_running_loop().time() - self._moved_at_s
         if self.capabilities.get("multifd") and self.status == "device" and moved_s < DEADLOCK_S:
             self.qmp.block()  # its threads wait for each other: nothing ends this

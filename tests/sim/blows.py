@@ -294,6 +294,7 @@ class Trouble:
         await self._ask("cancel")
 
     async def _force_switchover(self, blow: Timed) -> None:
+        self._watch.is_forced = True
         await self._ask("switch_over")
 
     async def _ask(self, verb: str, *args: object) -> None:

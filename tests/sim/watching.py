@@ -76,6 +76,8 @@ class Watch:
     """Faults that go on."""
     may_be_gone: bool = False
     """What had the guest was killed, or it has ended itself."""
+    is_forced: bool = False
+    """A switchover was forced: QEMU answers nothing, a cancel neither, until all is sent."""
     looks: int = 0
     _arrivals: dict[str, asyncio.Event] = field(default_factory=dict)
     _vm_epochs: dict[str, int] = field(default_factory=dict)
@@ -144,7 +146,7 @@ class Watch:
 
     def _check_resumed(self, course: Course, since_s: float) -> None:
         """I10: nothing else has failed, and it runs again."""
-        is_quiet = not self.lasting and self.struck_at_s <= since_s
+        is_quiet = not self.lasting and self.struck_at_s <= since_s and not self.is_forced
         is_last = all(other.epoch <= course.epoch for other in self.courses.values())
         daemon = self.pair.daemons.get(course.host)
         if not is_quiet or not is_last or self.may_be_gone or daemon is None or daemon.gate.is_dead:
