@@ -363,8 +363,6 @@ class FakeVm:
         if self.peer is not None:
             await self.peer._lose_stream()
 
-    # A migration here
-
     async def _migrate_incoming(self, uri: str, exit_on_error: bool = True) -> Reply:
         if not self.is_incoming:
             raise Refusal("'-incoming' was not specified on the command line")
