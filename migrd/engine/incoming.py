@@ -391,10 +391,14 @@ class Incoming(IncomingRecord):
         Of one that nobody has connected to, it cannot be told: somebody still may."""
         if self.vmm is None or not self.stored.settings.postcopy:
             return True
-        with contextlib.suppress(VmmRefused):  # nobody is connected
-            await self.vmm.free_stalled()
-        await asyncio.sleep(SOON_S)
-        return (await self.vmm.sample()).qemu_status in (QemuStatus.FAILED, QemuStatus.CANCELLED)
+        try:
+            with contextlib.suppress(VmmRefused):  # nobody is connected
+                await self.vmm.free_stalled()
+            await asyncio.sleep(SOON_S)
+            status = (await self.vmm.sample()).qemu_status
+        except VmmError:
+            return self.vmm.is_dead
+        return status in (QemuStatus.FAILED, QemuStatus.CANCELLED)
 
     def _call_operator(self, idle_s: float) -> None:
         """The source is silent, and this copy is whole or may become so: it may be the last one."""

@@ -21,6 +21,18 @@ FIRST = 1_000_000
 
 FOUND = [
     (
+        "a destination without a monitor could not cut a silent source off, and its task broke",
+        Schedule(
+            4033108,
+            scripts.postcopy,
+            (
+                Struck("alpha", 12, 21, 12.0),
+                Timed(0.00034, "monitor_lost", "beta", 14.0, after="precopy"),
+            ),
+            BRISK,
+        ),
+    ),
+    (
         "a destination gave up on silence while the guest left by postcopy, and ended what it had",
         Schedule(
             3019773,
