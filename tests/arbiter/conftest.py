@@ -22,20 +22,12 @@ def pytest_asyncio_loop_factories(config: Any, item: Any) -> Mapping[str, Any]:
 @pytest.fixture(scope="module")
 def single(etcd_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One etcd for a module's tests, which must leave it running and use a prefix each."""
-    cluster = Cluster(etcd_binary, tmp_path_factory.mktemp("etcd"))
-    try:
-        cluster.start()
+    with Cluster(etcd_binary, tmp_path_factory.mktemp("etcd")).serving() as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 @pytest.fixture
 def trio(etcd_binary: Path, tmp_path: Path) -> Iterator[Cluster]:
     """Three members, for one test, which may do to them what it likes."""
-    cluster = Cluster(etcd_binary, tmp_path, members=3)
-    try:
-        cluster.start()
+    with Cluster(etcd_binary, tmp_path, members=3).serving() as cluster:
         yield cluster
-    finally:
-        cluster.close()

@@ -18,7 +18,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,15 @@ class Cluster:
     @property
     def urls(self) -> tuple[str, ...]:
         return tuple(member.url for member in self.members)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[Cluster]:
+        """Started; killed at the end."""
+        try:
+            self.start()
+            yield self
+        finally:
+            self.close()
 
     def start(self, only: Sequence[int] | None = None) -> None:
         """Start members that do not run (all, or those), and wait until they serve."""

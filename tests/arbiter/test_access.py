@@ -54,12 +54,8 @@ def encrypted(etcd_binary: Path, tmp_path: Path, tls_files: AccessFiles) -> Iter
     """An etcd that wants certificates of its clients."""
     assert tls_files.ca is not None
     tls = ServerTls(tmp_path / "server.crt", tmp_path / "server.key", tls_files.ca)
-    cluster = Cluster(etcd_binary, tmp_path, tls=tls)
-    try:
-        cluster.start()
+    with Cluster(etcd_binary, tmp_path, tls=tls).serving() as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 async def test_over_mutual_tls_records_are_kept_and_without_a_certificate_nothing_is(
@@ -159,12 +155,8 @@ def password_file(tmp_path: Path, password: str) -> Path:
 @pytest.fixture
 def own(etcd_binary: Path, tmp_path: Path) -> Iterator[Cluster]:
     """An etcd for one test."""
-    cluster = Cluster(etcd_binary, tmp_path)
-    try:
-        cluster.start()
+    with Cluster(etcd_binary, tmp_path).serving() as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 async def test_with_a_password_records_are_kept_also_over_a_restart_of_etcd(

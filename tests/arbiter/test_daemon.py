@@ -38,12 +38,8 @@ request_timeout_ms = 6000
 
 @pytest.fixture
 def own(etcd_binary: Path, tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(etcd_binary, tmp_path)
-    try:
-        cluster.start()
+    with Cluster(etcd_binary, tmp_path).serving() as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 def configured(root: Path, *urls: str, more: str = "") -> Path:

@@ -49,12 +49,8 @@ async def arbitrated(
 
 @pytest.fixture
 def etcd(etcd_binary: Path, tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(etcd_binary, tmp_path)
-    try:
-        cluster.start()
+    with Cluster(etcd_binary, tmp_path).serving() as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 async def record(etcd: Cluster) -> tuple[dict[str, Any], int]:
