@@ -371,6 +371,7 @@ class Incoming(IncomingRecord):
         idle_s = self.world.clock.monotonic_s() - self._heard_at_s
         limit_s = options.receive_idle_s if what == "receiving" else options.loaded_idle_s
         if idle_s < min(limit_s, 5.0):
+            self._hear_again()
             return False
         ended = await self._source_ended()
         if ended is not None:
@@ -403,8 +404,16 @@ class Incoming(IncomingRecord):
     def _call_operator(self, idle_s: float) -> None:
         """The source is silent, and this copy is whole or may become so: it may be the last one."""
         if self.note is None:
-            self.note = f"{self.stored.source} has been silent for {idle_s:.0f} s; the copy is kept"
+            is_here = self.state.phase is DestinationPhase.LOADED
+            why = "the copy is kept" if is_here else "its guest may still come"
+            self.note = f"{self.stored.source} has been silent for {idle_s:.0f} s; {why}"
             self.log.error("the source is silent; an operator is needed", note=self.note)
+            self.changed("migration.changed")
+
+    def _hear_again(self) -> None:
+        """Where nothing has come yet, all is well then; a whole copy has waited for too long."""
+        if self.note is not None and self.state.phase is DestinationPhase.RECEIVING:
+            self.note = None
             self.changed("migration.changed")
 
     async def _source_ended(self) -> str | None:

@@ -277,6 +277,11 @@ def _next_step_there(i: Incoming) -> str | None:
             f"gone for good, this copy may be the last: migrd resolve {i.id} "
             "use_destination_copy --evidence '...' runs it here, guest_lost throws it away."
         )
+    if i.state.phase is DestinationPhase.RECEIVING and i.note is not None and i.vmm is not None:
+        return (
+            f"Bring migrd on {i.stored.source} back: this ends by itself then. If that host is "
+            f"gone for good, end process {i.vmm.pid} here: the guest has not come."
+        )
     return None
 
 
