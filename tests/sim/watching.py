@@ -205,7 +205,8 @@ class Watch:
         if DestinationPhase.RECEIVING.value in allowed:
             allowed.add(DestinationPhase.LOADED.value)  # its QEMU says so, and says so again
         is_said = any(each.type == "JournalFailing" for each in view.conditions)
-        if view.phase not in allowed and not (is_said and view.phase in ACTS_FIRST):
+        may_be_ahead = view.phase in ACTS_FIRST and (is_said or bool(journal.writing))
+        if view.phase not in allowed and not may_be_ahead:
             self.say(f"I8: {course.host} answers {view.phase}, its journal says {course.phase}")
         last, course.seen = course.seen, view
         if last is not None and last.is_terminal and view.phase != last.phase:
