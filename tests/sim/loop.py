@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
 from heapq import heappop, heappush
 from typing import Any, TypeVar
+from weakref import ref
 
 from tests.fakes.virtual_time import BOOT_S, Deadlock
 
@@ -65,6 +66,7 @@ class SimLoop:
         """Errors that nobody took."""
         self._ready: deque[Handle] = deque()
         self._timers: list[tuple[float, int, Handle]] = []
+        self._tasks: list[ref[asyncio.Task[Any]]] = []
         self._count = 0
         self._is_closed = False
 
@@ -92,7 +94,9 @@ class SimLoop:
         name: object = None,
         context: Context | None = None,
     ) -> asyncio.Task[T]:
-        return asyncio.Task(coro, loop=self._myself, name=str(name), context=context)
+        task = asyncio.Task(coro, loop=self._myself, name=str(name), context=context)
+        self._tasks.append(ref(task))
+        return task
 
     def call_soon(
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
@@ -141,7 +145,7 @@ class SimLoop:
         try:
             task = self.create_task(work)
             self._turn(task)
-            left = [task for task in asyncio.all_tasks(self._myself) if not task.done()]
+            left = [each for of in self._tasks if (each := of()) is not None and not each.done()]
             assert task.exception() is not None or not left, f"I9: nobody ended {left}"
             assert task.exception() is not None or not self.untaken, self.untaken
             return task.result()
