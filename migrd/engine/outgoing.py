@@ -103,6 +103,7 @@ class Outgoing(OutgoingRecord):
                     await self.ahead.drop()
             await self._flush()
         finally:
+            keeper.cancel()  # first: what is awaited here may be cancelled itself
             await self.ahead.drop()
             await _end(keeper)
             if self._saving is not None:
@@ -209,8 +210,9 @@ class Outgoing(OutgoingRecord):
         self.log.error("the journal cannot be written", trigger=event.trigger, cause=exc.message)
         if event.trigger is Trigger.DESTINATION_PREPARED:
             return self.failed(exc.code, exc.message)
-        granting = event.trigger is Trigger.TRANSFER_COMPLETED and not event.source_died
-        may_go_back = granting and self.state.mode is Mode.PRECOPY
+        granting = event.trigger is Trigger.TRANSFER_COMPLETED
+        is_here = not event.source_died and not self.vmm.is_dead  # else the only copy is there
+        may_go_back = granting and is_here and self.state.mode is Mode.PRECOPY
         if may_go_back and await self._refused_for_good(exc.message):
             return self.failed(exc.code, exc.message)
         await asyncio.sleep(RETRY_S)

@@ -387,7 +387,10 @@ class FakeQemu:
 
     def take_later(self, effect: Callable[[], object]) -> None:
         """A command whose sender has stopped waiting: it takes effect when unblocked."""
-        self._waiting.append(effect)
+        if self.is_blocked:
+            self._waiting.append(effect)
+        elif not self.is_dead:  # it has just been
+            effect()
 
     def sample(self) -> TransferSample:
         """query-migrate and query-status."""

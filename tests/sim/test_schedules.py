@@ -21,6 +21,32 @@ FIRST = 1_000_000
 
 FOUND = [
     (
+        "a source whose process had died asked, its journal failing, that the last copy be refused",
+        Schedule(
+            6082749,
+            scripts.plain,
+            (
+                Timed(0.0014258320389655213, "monitor_lost", "beta", 2.5, after="precopy"),
+                Timed(0.11999381995766459, "fsync_fails", "alpha", 7.0),
+                Timed(0.4422863975132755, "qemu_dies", "alpha", 0.05),
+            ),
+            BRISK,
+        ),
+    ),
+    (
+        "a daemon that was stopped twice over left the keeper of a migration's rounds behind",
+        Schedule(
+            6096216,
+            scripts.postcopy,
+            (
+                Timed(0.01720394939504725, "freeze", "beta", 7.0),
+                Timed(0.0001866733180398942, "stopped", "alpha", 7.0, after="rolling_back"),
+                Timed(0.001821392740120828, "crash_loop", "alpha", 0.001, after="rolling_back"),
+            ),
+            BRISK,
+        ),
+    ),
+    (
         "a destination without a monitor could not cut a silent source off, and its task broke",
         Schedule(
             4033108,
