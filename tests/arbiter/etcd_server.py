@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -103,8 +104,15 @@ class Member:
             self._process = None
 
     def stop(self) -> None:
-        """SIGSTOP: connections are taken, and nothing is answered."""
+        """SIGSTOP: connections are taken, and nothing is answered. Returns when all threads stand
+        still: until the signal is taken, an answer may still go out."""
+        assert self._process is not None
         self.signal(signal.SIGSTOP)
+        end_s = time.monotonic() + PATIENCE_S
+        while os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOHANG) is None:
+            if time.monotonic() > end_s:
+                raise TimeoutError(f"{self.name} does not stop")
+            time.sleep(0.001)
 
     def resume(self) -> None:
         self.signal(signal.SIGCONT)

@@ -241,9 +241,13 @@ async def test_a_stalled_multifd_stream_that_no_cancel_ends_is_ended_by_yank(
         await seen(feed, lambda s: (s.transferred_bytes or 0) > MIB, "some bytes sent")
         await link.freeze()
         await source.cancel_transfer()
-        await status_seen(feed, QemuStatus.CANCELLING, QemuStatus.CANCELLED)
+        # A channel that finds its socket shut may fail the migration in that very moment (7.2).
+        ended = await status_seen(
+            feed, QemuStatus.CANCELLING, QemuStatus.CANCELLED, QemuStatus.FAILED
+        )
         await source.free_stalled()
-        await status_seen(feed, QemuStatus.CANCELLED, QemuStatus.FAILED)
+        if ended.qemu_status is not QemuStatus.FAILED:
+            await status_seen(feed, QemuStatus.CANCELLED, QemuStatus.FAILED)
     await state_reached(source, RunState.RUNNING)
     await nothing_is_left_in(source)
 

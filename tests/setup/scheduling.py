@@ -20,10 +20,10 @@ class OneQemuAtATime(LoadScopeScheduling):  # type: ignore[misc]  # xdist's is u
 
     Two pairs of QEMUs at once would leave none of them the processor time that they, and the
     limits in the tests, count on. Guests of the direct engine, which cost far less, are moved by
-    the other worker, one after the other too. The lab is one guest after the other, each booted once for all
-    tests in it, and is the other worker's last: as much beside the rest as what went before it,
-    and its kernel has had the time to be built. (xdist's own groups do nothing with pytest 9: they
-    write their mark where node ids are no longer read.)
+    the other worker, one after the other too. The lab is one guest after the other, each booted
+    once for all tests in it, and is the other worker's last: as much beside the rest as what went
+    before it, and its kernel has had the time to be built. (xdist's own groups do nothing with
+    pytest 9: they write their mark where node ids are no longer read.)
     """
 
     def _split_scope(self, nodeid: str) -> str:
