@@ -16,7 +16,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +25,8 @@ from migrd.core.memory_map import PAGE_BYTES, MemoryMap, Region
 from migrd.direct.stream_wire import PAYLOAD_BYTES
 
 _EXTENTS_AT_ONCE: Final = 4096
+Extents = Generator[tuple[int, int], None, None]
+"""(offset in the region, length), in bytes."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,22 @@ class ExtentFeed:
         """Hand out nothing more."""
         self._is_stopped = True
 
-    def _make(self) -> Iterator[Batch]:
+    def close(self) -> None:
+        """Hand out nothing more, and let go of the file that was being looked at: it is the guest's
+        memory, which nobody would get back while it is held."""
+        with self._lock:
+            self._is_stopped = True
+            self._batches.close()
+
+    def _make(self) -> Generator[Batch, None, None]:
         for file in self._files:
             extents = self._extents(file.region)
             if self._leave_holes:
                 extents = self._without_holes(file, extents)
-            yield from batches(file, extents)
+            with contextlib.closing(extents):
+                yield from batches(file, extents)
 
-    def _extents(self, region: Region) -> Iterator[tuple[int, int]]:
+    def _extents(self, region: Region) -> Extents:
         at: int | None = region.first_page
         while at is not None:
             rows, at = self._taken.extents(at, end_page=region.end_page, limit=_EXTENTS_AT_ONCE)
@@ -97,9 +107,7 @@ class ExtentFeed:
             rows *= PAGE_BYTES
             yield from rows.tolist()
 
-    def _without_holes(
-        self, file: RegionFile, extents: Iterator[tuple[int, int]]
-    ) -> Iterator[tuple[int, int]]:
+    def _without_holes(self, file: RegionFile, extents: Extents) -> Extents:
         with own_descriptor(file.fd) as fd:
             if fd is None:
                 yield from extents

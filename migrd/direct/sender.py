@@ -221,7 +221,10 @@ class Sender:
         for outflow in self._outflows:
             outflow.carried = Carried()
         self._round = _Round(pages, feed, tuple(one.carried for one in self._outflows))
-        await self._together([partial(one.send_round, feed, order) for one in self._outflows])
+        try:
+            await self._together([partial(one.send_round, feed, order) for one in self._outflows])
+        finally:
+            feed.close()
         self._rounds += 1
         await in_thread(self._taken.unmark, 0, feed.end_page)
         carried = self._round.carried

@@ -130,6 +130,35 @@ def test_seeking_for_holes_leaves_the_position_of_the_guests_own_descriptor() ->
         assert os.lseek(fd, 0, os.SEEK_CUR) == 1234
 
 
+def times_open(fd: int) -> int:
+    """How often this process holds the same file open."""
+    inode = os.fstat(fd).st_ino
+    count = 0
+    for other in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the descriptor of this very listing
+            count += os.fstat(int(other)).st_ino == inode
+    return count
+
+
+async def test_a_round_that_was_broken_off_holds_no_memory() -> None:
+    """It is not freed, else, when its process ends: the daemon lives on."""
+    with guest(4000) as of:
+        for page in range(4000):
+            of.write(page, b"x" * PAGE)
+        (fd,) = of.fds.values()
+        held = times_open(fd)
+        async with connected(of, Owner()) as (source, _):
+            source.limit(2 << 20)
+            sending = asyncio.create_task(source.send(of.memory.full(), stable=True))
+            async with asyncio.timeout(20):
+                while times_open(fd) == held:  # noqa: ASYNC110 - other threads open it
+                    await asyncio.sleep(0.005)
+            source.break_round()
+            source.limit(None)
+            await sending
+            assert times_open(fd) == held
+
+
 # --------------------------------------------------------------------------- a guest that writes
 
 
