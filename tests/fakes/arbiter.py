@@ -76,6 +76,8 @@ class FakeArbiterStore:
         self.faults: Faults = lambda host, call: None
         self.log: list[tuple[str, str]] = []
         self.writes: list[Write] = []
+        self.asked: dict[str, bytes | None] = {}
+        """By host: what it last wanted to be written, which may happen at any time."""
         self._latency_s = latency_s
         self._waiting: list[Callable[[], None]] = []
 
@@ -142,6 +144,7 @@ class _Way:
 
     async def swap(self, key: str, expected: int, value: bytes | None) -> Swapped:
         store, host = self._store, self._host
+        store.asked[host] = value
         return await self._request("swap", lambda: store.swap(host, key, expected, value))
 
     async def _request(self, call: str, work: Callable[[], Swapped]) -> Swapped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -153,9 +154,20 @@ class Trouble:
             if qemu.copy == guest.version or qemu.is_running or is_missed:
                 self.died.append(qemu.name)
                 self._watch.may_be_gone = True
-                if self._pair.road.under_way[blow.host, "discard"]:
-                    guest.may_end = True  # the other copy was given up while this one was whole
+                if self._is_given_up_elsewhere(blow.host):
+                    guest.may_end = True
             qemu.die("killed by the schedule")
+
+    def _is_given_up_elsewhere(self, host: str) -> bool:
+        """Its daemon has given up the other copy while the one here was whole: it has asked for a
+        refusal, or the arbiter to give the guest back, which may happen at any time from then on.
+        """
+        pair = self._pair
+        asked = None if pair.arbiter is None else pair.arbiter.asked.get(host)
+        is_back = asked is not None and json.loads(asked).get("owner") == host
+        return bool(pair.road.under_way[host, "discard"]) or (
+            is_back and self._watch.has_granted(host)
+        )
 
     async def _qemu_hangs(self, blow: Timed) -> None:
         hung = self._pair.hosts[blow.host].living(VM)

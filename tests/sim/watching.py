@@ -97,6 +97,11 @@ class Watch:
         await self._arrivals.setdefault(phase, asyncio.Event()).wait()
         return any(c.phase == phase for c in self.courses.values())
 
+    def has_granted(self, host: str) -> bool:
+        """And nothing has come of it yet, or it rolls back."""
+        mine = [c for c in self.courses.values() if c.host == host]
+        return any(Phase.GRANTED in (c.phase, c.before) for c in mine)
+
     def _arrived(self, to: Phase | DestinationPhase) -> None:
         told = self._arrivals.values() if to in TERMINAL else [self._arrivals.get(to.value)]
         for event in told:
