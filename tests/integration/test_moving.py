@@ -66,7 +66,8 @@ async def test_twenty_moves_in_a_row_leave_nothing_behind(
                 sockets = await asyncio.to_thread(open_files, two, "socket")
         await two.prove(20, on=names[0])
         await two.only_qemus(1)
-        assert await asyncio.to_thread(open_files, two, "other") == files
+        for name, count in (await asyncio.to_thread(open_files, two, "other")).items():
+            assert count <= files[name], name  # fewer: something was just being closed then
         for name, count in (await asyncio.to_thread(open_files, two, "socket")).items():
             # kept connections to the peer come and go within their bound; 16 moves would show
             assert count < sockets[name] + 8, name
