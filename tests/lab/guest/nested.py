@@ -27,11 +27,13 @@ IOMMU_ONLY = "x-device-dirty-page-tracking=off"
 PAGES = 64 * MIB // 4096
 """Of a guest's memory."""
 
+DETACHED = "iommufd_cdev_detach_ioas_hwpt"
 _TRACES = (
     "iommufd_backend_alloc_hwpt",
     "iommufd_backend_set_dirty",
     "iommufd_backend_get_dirty_bitmap",
     "iommufd_cdev_attach_ioas_hwpt",
+    DETACHED,
     "vfio_device_dirty_tracking_start",
     "vfio_get_dirty_bitmap",
 )
@@ -65,12 +67,15 @@ class Nested:
         await self.qemu.qmp("device_add", driver="vfio-pci", **self.pluggable[device_id])
 
     async def unplug(self, device_id: str) -> None:
-        """Wait until it is gone; its slot must be without power, for no guest takes part."""
+        """Wait until it is gone, and off its page table, which comes a while after its name (RCU);
+        its slot must be without power, for no guest takes part."""
+        before = len(self.trace(DETACHED))
         await self.qemu.qmp("device_del", id=device_id)
 
         async def is_gone() -> bool:
             present = await self.qemu.qmp("qom-list", path="/machine/peripheral")
-            return all(entry["name"] != device_id for entry in present)
+            is_off = len(self.trace(DETACHED)) > before
+            return is_off and all(entry["name"] != device_id for entry in present)
 
         await until(is_gone, f"{device_id} is unplugged")
 
