@@ -89,8 +89,12 @@ class Incoming(IncomingRecord):
     # Messages from the source -------------------------------------------------------------
 
     def heard(self) -> None:
-        """The source has spoken: it is there, and has not given this migration up."""
+        """The source has spoken: it is there, and has not given this migration up. Where nothing
+        has come yet, all is well then; a whole copy has waited for too long."""
         self._heard_at_s = self.world.clock.monotonic_s()
+        if self.note is not None and self.state.phase is DestinationPhase.RECEIVING:
+            self.note = None
+            self.changed("migration.changed")
 
     def grant(self, run_guest: bool) -> None:
         """GRANT has come. Raises Conflict before the guest is loaded."""
@@ -371,7 +375,6 @@ class Incoming(IncomingRecord):
         idle_s = self.world.clock.monotonic_s() - self._heard_at_s
         limit_s = options.receive_idle_s if what == "receiving" else options.loaded_idle_s
         if idle_s < min(limit_s, 5.0):
-            self._hear_again()
             return False
         ended = await self._source_ended()
         if ended is not None:
@@ -408,12 +411,6 @@ class Incoming(IncomingRecord):
             why = "the copy is kept" if is_here else "its guest may still come"
             self.note = f"{self.stored.source} has been silent for {idle_s:.0f} s; {why}"
             self.log.error("the source is silent; an operator is needed", note=self.note)
-            self.changed("migration.changed")
-
-    def _hear_again(self) -> None:
-        """Where nothing has come yet, all is well then; a whole copy has waited for too long."""
-        if self.note is not None and self.state.phase is DestinationPhase.RECEIVING:
-            self.note = None
             self.changed("migration.changed")
 
     async def _source_ended(self) -> str | None:

@@ -9,6 +9,7 @@ went by postcopy does not wait for it. What this host's own journal proves (`Pro
 it at the next claim, so a stale record never keeps a VM from being started or moved.
 """
 
+import contextlib
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Final
@@ -19,6 +20,9 @@ from migrd.errors import ArbiterConflict, ArbiterUnavailable, Conflict
 
 UNREACHABLE: Final = "ArbiterUnreachable"
 """The standing condition while the arbiter does not answer."""
+CLAIM_TRIES: Final = 3
+"""A write of an earlier migration of this host may arrive late, between a look and what is written
+on it; there are as many as it had writes under way."""
 
 Proof = Callable[[Ownership], bool]
 """Does this host's journal prove that the guest is this host's, whatever that record says?"""
@@ -87,25 +91,24 @@ async def claim(
 
     Raises Conflict (`owned_elsewhere`, `stale_epoch`), or ArbiterUnavailable.
     """
-    try:
+    with contextlib.suppress(ArbiterConflict):
         return await arbiter.claim(vm, host, epoch, migration_id)
-    except ArbiterConflict:
+    for _ in range(CLAIM_TRIES):
         found = await arbiter.read(vm)
-    is_proven = found is not None and proves(found)
-    if found is None or not (is_proven or found.owner == host):
-        raise elsewhere(vm, found)
-    if found.epoch > epoch:
-        raise Conflict(
-            f"the arbiter has seen {vm} at epoch {found.epoch}, this host only at {epoch - 1}: ask "
-            "again, and the next one will be used",
-            code="stale_epoch",
-        )
-    try:
-        return await arbiter.assign(
-            found, host, epoch=epoch, started=True, migration_id=migration_id
-        )
-    except ArbiterConflict:
-        raise elsewhere(vm, await arbiter.read(vm)) from None
+        is_proven = found is not None and proves(found)
+        if found is None or not (is_proven or found.owner == host):
+            raise elsewhere(vm, found)
+        if found.epoch > epoch:
+            raise Conflict(
+                f"the arbiter has seen {vm} at epoch {found.epoch}, this host only at {epoch - 1}: "
+                "ask again, and the next one will be used",
+                code="stale_epoch",
+            )
+        with contextlib.suppress(ArbiterConflict):  # written since it was read: look again
+            return await arbiter.assign(
+                found, host, epoch=epoch, started=True, migration_id=migration_id
+            )
+    raise overtaken(vm, await arbiter.read(vm), host)
 
 
 async def claim_to_start(
@@ -129,7 +132,7 @@ async def claim_to_start(
             return found
         return await arbiter.assign(found, host, epoch=max(epoch, found.epoch), started=True)
     except ArbiterConflict:
-        raise elsewhere(vm, await arbiter.read(vm)) from None
+        raise overtaken(vm, await arbiter.read(vm), host) from None
 
 
 def behind(found: Ownership, there: str) -> Conflict:
@@ -139,6 +142,16 @@ def behind(found: Ownership, there: str) -> Conflict:
         f"the truth: by this host's journal the guest is {there}'s; ask migrd on {there} for it, "
         "which puts the record right with its next start or migration. When that host is gone for "
         f"good, prove it (power it off), and remove the record of {found.vm} from the arbiter",
+        code="owned_elsewhere",
+    )
+
+
+def overtaken(vm: str, found: Ownership | None, host: str) -> Conflict:
+    """Why the VM is not this host's yet, when its record changed between two looks."""
+    if found is None or found.owner != host:
+        return elsewhere(vm, found)
+    return Conflict(
+        f"the arbiter's record of {vm} names {host} and was changed a moment ago: ask again",
         code="owned_elsewhere",
     )
 

@@ -36,6 +36,12 @@ def test_a_guest_given_back_is_not_said_to_be_nowhere() -> None:
     assert play(from_seed(FIRST_ARBITRATED + 44782)).phase is not None
 
 
+@pytest.mark.parametrize("seed", [2_146_520, 2_191_828])
+def test_a_late_write_of_this_host_does_not_refuse_its_next_migration(seed: int) -> None:
+    """Found by these seeds: the record was claimed on a look that such a write had overtaken."""
+    assert play(from_seed(FIRST_ARBITRATED + seed, 8)).phase is not None
+
+
 def started_is_taken_back_without_a_fence(patch: Patch) -> None:
     as_it_is = ownership.as_source
 

@@ -2,7 +2,7 @@
 
     I1   fakes.guest.Guest.started: the vCPUs run nowhere else          at each start of a guest
     I2   Guest.check_kept, and here: a whole copy exists unless what had it was killed (a source
-         whose journal fails has the other copy refused before it resumes: what has it then, is it)
+         that has the other copy given up, by message or by record, has it alone from then on)
                                                      at each end of a QEMU, each record, each look
     I3   here: a terminal phase is the last one; run._check: it is the ground truth
     I4   Guest.started: nobody runs a copy that is older than the guest
