@@ -115,7 +115,7 @@ class HandedOver:
         self._unasked = 0
         self._broken: str | None = None
         self._holders = 0
-        self._is_closed = False
+        self._is_closed = self._was_dead = False
         self._closing: asyncio.Future[None] | None = None
         self._gone = asyncio.Event()
         self.vm: Final = hello.vm
@@ -339,12 +339,13 @@ class HandedOver:
         if not self._gone.is_set() or self._holders or self._is_closed:
             return None
         self._is_closed = True
+        self._was_dead = self._process.is_dead
         self._process.close()
         return self._offer or self._waiting
 
     def _lost(self, what: str) -> VmmDied | VmmUnreachable:
         text = f"{self.vm}: {what.lower()} was not answered: process {self.pid}"
-        if not self._is_closed and self._process.is_dead:
+        if self._was_dead if self._is_closed else self._process.is_dead:
             return VmmDied(f"{text} is dead")
         return VmmUnreachable(f"{text} is not connected any more ({self._broken})")
 

@@ -65,7 +65,8 @@ from migrd.qemu.wire import Arguments, CommandRefused, QmpEvent, json_object
 RUN_STATE_DEADLINE_S: Final = 10.0
 """`cont`, `stop` and `migrate-continue` move device states: as long as the slowest device takes."""
 DEATH_FOLLOWS_S: Final = 0.25
-"""The socket of a dying QEMU closes a little before its process can be seen dead."""
+"""The socket of a dying QEMU closes a little before its process can be seen dead, and may be read
+to its end a little after."""
 QUIT_GRACE_S: Final = 3.0
 KILL_GRACE_S: Final = 5.0
 RECONNECT_WAIT_S: Final = 1.0
@@ -412,14 +413,16 @@ class Machine:
         may_be_dying = isinstance(failure, VmmUnreachable)
         within_s = DEATH_FOLLOWS_S if may_be_dying else 0.0
         if self._process.is_dead or await self._process.wait_dead(within_s=within_s):
-            raise self._death() from failure
+            raise await self._death() from failure
 
     async def _wait_dead(self) -> None:
         while not await self._process.wait_dead(within_s=60.0):
             pass
-        raise self._death()
+        raise await self._death()
 
-    def _death(self) -> VmmDied:
+    async def _death(self) -> VmmDied:
+        """How it died, once all is read that it had said."""
+        await self.monitor.wait_disconnected(within_s=DEATH_FOLLOWS_S)
         if self._seen.shut_itself_down:
             return VmmDied(
                 f"the guest of {self._vm} shut itself down, and its QEMU ended (pid {self.pid})",

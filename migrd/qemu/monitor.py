@@ -236,6 +236,12 @@ class Monitor:
             text = f"{self.path}: not connected within {within_s} s: {self.state.reason}"
             raise NotSent(text) from None
 
+    async def wait_disconnected(self, *, within_s: float) -> None:
+        """Return once the present connection, if any, has been read to its end, or time is up."""
+        connection = self._connection
+        if connection is not None:
+            await asyncio.wait([connection.closed], timeout=within_s)
+
     @contextlib.contextmanager
     def subscribe(
         self, names: Iterable[str] | None = None, *, bound: int = EVENTS_BOUND

@@ -16,11 +16,14 @@ Traps:
 - A broken connection answers every call under way with AnswerLost: unknown, not failed.
 - A line that is not JSON, or too long, closes the connection. The longest honest line is the
   answer to query-qmp-schema: 0.2 MB on 7.2 and 10.0; the cap leaves forty times that.
+- A QEMU that ends may have said why (`SHUTDOWN`) a moment before. What we write then fails, and
+  asyncio ends a connection at the first failed write: what had come is read all the same.
 - A file descriptor rides on the first byte of its `getfd`. It is sent with sendmsg beside the
   transport, which is safe only while the transport has nothing buffered: others are held back.
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -43,6 +46,7 @@ from migrd.qemu.wire import (
 )
 
 LINE_LIMIT_BYTES = 8 * 1024 * 1024
+CHUNK_BYTES = 64 * 1024
 DEFAULT_DEADLINE_S = 2.0
 
 log = logging.getLogger(__name__)
@@ -239,6 +243,8 @@ class QmpConnection(asyncio.Protocol):
             log.warning("QMP message ignored: %s", what)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if isinstance(exc, OSError) and self._failure is None:
+            self._read_what_is_left()
         failure = self._failure or exc
         self._calls.end(failure)
         if self._drained is not None and not self._drained.done():
@@ -246,6 +252,15 @@ class QmpConnection(asyncio.Protocol):
         if not self._greeting.done():
             self._greeting.set_exception(failure or WireBroken("closed before the greeting"))
         self.closed.set_result(failure)
+
+    def _read_what_is_left(self) -> None:
+        """A write has failed; what QEMU said before it closed is still there, and is no more than
+        its socket's buffer held."""
+        left_bytes = self._line_limit_bytes
+        with contextlib.suppress(OSError):  # nothing more, or not readable
+            while left_bytes > 0 and (chunk := self._socket.recv(CHUNK_BYTES)):
+                left_bytes -= len(chunk)
+                self.data_received(chunk)
 
     # Opening
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -122,6 +123,29 @@ async def test_a_broken_connection_answers_every_call_under_way_with_unknown(
         with pytest.raises(NotSent):  # and what comes after certainly had no effect
             await qmp.execute("echo")
         served.qemu.unblock()
+
+
+async def test_what_qemu_said_before_it_went_is_read_though_a_write_failed_first() -> None:
+    """A busy daemon writes its next question before it has read why its QEMU has ended."""
+    here, there = socket.socketpair()
+    here.setblocking(False)
+    heard: list[str] = []
+    qmp = QmpConnection(lambda event: heard.append(event.name))
+    there.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')
+    opening = asyncio.create_task(qmp.open(here, deadline_s=5, want_oob=False))
+    await until(lambda: bool(qmp.greeting))
+    there.sendall(b'{"return": {}, "id": 1}\r\n')
+    await opening
+    asked = qmp.begin("query-status", None, deadline_s=5)
+    there.sendall(b'{"return": {"status": "shutdown"}, "id": 2}\r\n')
+    there.sendall(b'{"event": "SHUTDOWN", "data": {"guest": true}}\r\n')
+    there.close()
+    lost = qmp.begin("query-migrate", None, deadline_s=5)
+    assert await asked == {"status": "shutdown"}
+    with pytest.raises(AnswerLost):
+        await lost
+    assert isinstance(await qmp.closed, OSError)  # it was the write that failed
+    assert heard == ["SHUTDOWN"]
 
 
 async def test_the_error_classes_can_be_told_apart_by_the_engine() -> None:
