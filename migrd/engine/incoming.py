@@ -30,7 +30,7 @@ from migrd.core.handover import (
 )
 from migrd.core.migration import Mode
 from migrd.core.phases import TERMINAL, IllegalTransition, Phase
-from migrd.engine.incoming_ownership import RecordKeeping
+from migrd.engine.incoming_ownership import RecordGone, RecordKeeping
 from migrd.engine.incoming_record import IncomingRecord
 from migrd.engine.orphan import Orphan, is_copy_gone
 from migrd.engine.ports import Peer, StoredIncoming, Vmm
@@ -293,6 +293,9 @@ class Incoming(IncomingRecord):
             try:
                 refusal = await self._record.mark_started()
             except ArbiterUnavailable as exc:
+                if isinstance(exc, RecordGone) and await self._is_back_at_source():
+                    await self._refuse(f"the guest is back on {self.stored.source}")
+                    return
                 self.note_arbiter(exc.message)
                 await asyncio.sleep(RETRY_S)
                 return
@@ -300,6 +303,16 @@ class Incoming(IncomingRecord):
                 await self._refuse(refusal)
                 return
         await self._apply(DestinationTrigger.START_ORDERED)
+
+    async def _is_back_at_source(self) -> bool:
+        """By the source's own word, for there is no record: it has run since, so this copy is old.
+        A source whose guest is lost, or that has lost its journal, does not say so."""
+        with contextlib.suppress(PeerError, TimeoutError):
+            async with asyncio.timeout(SAYS_S):
+                if self.source is not None:
+                    view = await self.source.source_view(self.id)
+                    return view.phase == Phase.ROLLED_BACK.value
+        return False
 
     async def _poked(self, *, within_s: float) -> None:
         """GRANT nearly always comes at once: QEMU is not asked meanwhile, as the guest waits."""

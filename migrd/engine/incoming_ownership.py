@@ -30,6 +30,10 @@ migration that ends just as postcopy begins, GRANT may be here first."""
 LOOK_AGAIN_S: Final = 0.1
 
 
+class RecordGone(ArbiterUnavailable):
+    """Somebody has removed the record, as is done with a VM that is deleted."""
+
+
 class RecordKeeping:
     """What one incoming migration does with its record."""
 
@@ -82,8 +86,9 @@ class RecordKeeping:
         return record.run_guest if record is not None and is_given else None
 
     async def mark_started(self) -> str | None:
-        """Say that this host starts the guest. None: it is said, and cannot be taken back;
-        else why the guest is not to start here. Raises ArbiterUnavailable: not known."""
+        """Say that this host starts the guest. None: it is said, and cannot be taken back; else
+        why the guest is not to start here. Raises ArbiterUnavailable: not known, RecordGone among
+        them: it was removed, and says nothing any more."""
         i = self._i
         here, epoch = i.world.options.host, i.state.epoch
         while True:
@@ -106,7 +111,8 @@ class RecordKeeping:
                 i.note_arbiter(None)
                 return None
             if record is None or record.epoch < epoch:
-                raise ArbiterUnavailable("the arbiter has no record of this grant any more")
+                kind = RecordGone if record is None else ArbiterUnavailable
+                raise kind("the arbiter has no record of this grant any more")
             if self._is_settled():
                 whom = f"{record.owner} (epoch {record.epoch})"
                 return f"the arbiter's record says {whom}: taken back by {i.stored.source}"

@@ -42,6 +42,22 @@ def test_a_late_write_of_this_host_does_not_refuse_its_next_migration(seed: int)
     assert play(from_seed(FIRST_ARBITRATED + seed, 8)).phase is not None
 
 
+@pytest.mark.parametrize(
+    "seed",
+    [
+        # The record was removed with a VM that its destination still held a copy of, for ever.
+        3_112_179,
+        # Held until the arbiter was seen, and QEMU refused to be let go: it was never asked again.
+        3_222_914,
+        # Of the watching: what the source had taken back, and then died with, counts as killed.
+        3_105_457,
+        3_228_240,
+    ],
+)
+def test_found_with_an_arbiter(seed: int) -> None:
+    assert play(from_seed(FIRST_ARBITRATED + seed, 8)).phase is not None
+
+
 def started_is_taken_back_without_a_fence(patch: Patch) -> None:
     as_it_is = ownership.as_source
 

@@ -60,6 +60,7 @@ class Course:
     epoch: int
     phase: Any
     before: Any = None
+    was_granted: bool = False
     seen: MigrationView | None = None
 
 
@@ -99,8 +100,8 @@ class Watch:
 
     def has_granted(self, host: str) -> bool:
         """And nothing has come of it yet, or it rolls back."""
-        mine = [c for c in self.courses.values() if c.host == host]
-        return any(Phase.GRANTED in (c.phase, c.before) for c in mine)
+        mine = [c for c in self.courses.values() if c.host == host and c.was_granted]
+        return any(c.phase not in TERMINAL or c.before is Phase.GRANTED for c in mine)
 
     def _arrived(self, to: Phase | DestinationPhase) -> None:
         told = self._arrivals.values() if to in TERMINAL else [self._arrivals.get(to.value)]
@@ -144,6 +145,7 @@ class Watch:
             self.say(f"I7: {course.host} {id_}: {event.trigger} in {course.phase}")
             return
         course.phase = to
+        course.was_granted = course.was_granted or to is Phase.GRANTED
         self._arrived(to)
         if to is Phase.ROLLING_BACK:
             loop = asyncio.get_running_loop()
