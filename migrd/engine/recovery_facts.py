@@ -11,8 +11,8 @@ not learned is found out by the step, which looks again before it acts.
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, TypeVar
 
 from migrd.core.handover import DestinationPhase
 from migrd.core.migration import MigrationState, Mode
@@ -43,6 +43,8 @@ from migrd.engine.world import World
 from migrd.errors import ArbiterError, MigrdError, PeerError, PeerRefused, VmmDied, VmmError
 
 T = TypeVar("T")
+U = TypeVar("U")
+V = TypeVar("V")
 
 PATIENCE_S: Final = 0.8
 HURRY_S: Final = 0.3
@@ -59,7 +61,7 @@ async def look_at_source(m: Outgoing) -> SourceFound:
     """Everything about a migration away that can be learned soon. Raises nothing."""
     state = m.state
     within_s = HURRY_S if state.phase in STANDS_STILL else PATIENCE_S
-    own, there, record = await asyncio.gather(
+    own, there, record = await _together(
         look_at_process(m.vmm, m.vmm.instance, within_s, at_source=True),
         _said_by_destination(m, within_s),
         _record_at_source(m, within_s),
@@ -71,7 +73,7 @@ async def look_at_destination(i: Incoming) -> DestinationFound:
     """Everything about a migration to this host that can be learned soon. Raises nothing."""
     state = i.state
     within_s = HURRY_S if state.phase in STANDS_STILL_THERE else PATIENCE_S
-    own, source, record = await asyncio.gather(
+    own, source, record = await _together(
         look_at_process(i.vmm, i.stored.instance, within_s, at_source=False),
         _said_by_source(i, within_s),
         _record_at_destination(i, within_s),
@@ -97,6 +99,15 @@ async def within(work: Callable[[], Awaitable[T]], within_s: float) -> T | None:
         async with asyncio.timeout(within_s):
             return await work()
     return None
+
+
+async def _together(
+    first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U], third: Coroutine[Any, Any, V]
+) -> tuple[T, U, V]:
+    """All at once; when one is cut off, the others are not left behind."""
+    async with asyncio.TaskGroup() as group:
+        tasks = group.create_task(first), group.create_task(second), group.create_task(third)
+    return tasks[0].result(), tasks[1].result(), tasks[2].result()
 
 
 # The own process ----------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ very moment of the switchover can deadlock a QEMU with multifd (7.2 and 10.0 und
 migration thread waits for ever for channels that have ended, and holds the big lock; the guest
 never runs again). What stalls stands still, so `free_stalled` waits for it to have done so.
 
+A source whose destination has cut the connection may stay `active` (10.0, 1 in 10): its sender is
+blocked on a socket without a reader, and sees nothing. Its owner hears of the refusal and cancels.
+
 Postcopy (seen on QEMU 10.0): a connection that breaks while a source completes its postcopy makes
 it `failed`, not paused; it then starts the guest again that already runs at the destination. It
 starts no guest that it found stopped, so we stop it ourselves before `migrate-start-postcopy`. It
