@@ -177,6 +177,10 @@ def _boot(qemu: Sequence[str], share: Path, limit_s: float, live: bool) -> Outco
 
 def _qemu_command(tier: Tier, qemu: Path, kernel: Path, share: Path) -> list[str]:
     kernel_arguments = [
+        # One-shot timers get lost now and then under TCG on a busy machine, and an idle guest then
+        # sleeps for ever (RCU says "timer wakeup didn't happen"). Periodic ones come again, and a
+        # clock that is not compared with others is not given up for one that loses time meanwhile.
+        *("nohz=off", "highres=off", "tsc=reliable"),
         *("console=ttyS0", "quiet", "panic=-1", "root=host", "rootfstype=9p", "ro"),
         "rootflags=trans=virtio,version=9p2000.L,msize=512000,cache=loose",
         f'init="{GUEST / "init.sh"}"',

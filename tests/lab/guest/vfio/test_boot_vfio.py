@@ -56,3 +56,13 @@ def test_an_mtty_is_emulated_it_has_no_page_table() -> None:
             iommufd.capabilities(dev_id)
         device.close()
         iommufd.close()
+
+
+def test_its_timers_come_again_by_themselves() -> None:
+    """One that is lost on a busy machine does not leave the guest asleep (tests.lab.boot)."""
+    handlers = [
+        line.split()[1]
+        for line in Path("/proc/timer_list").read_text().splitlines()
+        if line.strip().startswith("event_handler:")
+    ]
+    assert handlers.count("tick_handle_periodic") == os.cpu_count()
