@@ -125,7 +125,7 @@ class Steering:
         if sample.qemu_status is QemuStatus.NONE or sample.is_of_arrival:
             return False
         m.log.info("found the migration going on", qemu_status=sample.qemu_status.value)
-        await self._try_limits()  # an earlier daemon may have held it
+        self._owes_limits = not await self._set_limits()  # an earlier daemon may have held it
         if m.throttle_percent > (sample.throttle_percent or 0):
             with contextlib.suppress(VmmRefused):  # decided, and perhaps never said
                 await m.vmm.set_throttle(m.throttle_percent)
@@ -154,7 +154,7 @@ class Steering:
             await self._try_limits()
         if m.policy_changed.is_set():
             m.policy_changed.clear()
-            await self._try_limits()
+            self._owes_limits = not await self._set_limits()
         return self.stopped.overdue(now_s) or await self._steer(now_s) or self._stalled(now_s)
 
     def _note(self, sample: TransferSample, now_s: float) -> None:
