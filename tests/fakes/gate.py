@@ -57,6 +57,8 @@ class Gate:
         self.calls: list[str] = []
         self.is_dead = False
         self.crashed = asyncio.Event()
+        self.is_calm = False
+        """Whatever was still to strike a call under way does not any more."""
         self._goes_on = asyncio.Event()
         self._goes_on.set()
 
@@ -97,7 +99,7 @@ class Gate:
             await self.running()
         if self.is_dead:
             raise asyncio.CancelledError
-        if fault is not None:
+        if fault is not None and not self.is_calm:
             self._strike(fault)
         return result
 

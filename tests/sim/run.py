@@ -224,6 +224,8 @@ async def _calm(
     await asyncio.sleep(1.0)
     for each in calls.values():
         each.is_armed = False
+    for daemon in pair.daemons.values():
+        daemon.gate.is_calm = True
     for task in blows:
         task.cancel()
     for undo in trouble.undo:
