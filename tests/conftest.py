@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,11 @@ from tests.lab.leaks import processes_naming, sockets_below
 from tests.setup import debian
 
 _GRACE_S = 5.0
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell gives that to what it starts in the background, and it is inherited: then no Ctrl-C
+    # reaches the processes of the tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
