@@ -75,6 +75,10 @@ FENCE_OR_WAIT: Final = (
     "bring migrd on the destination back; or, when that host is proven off: migrd resolve ID "
     "destination_fenced --evidence '...'"
 )
+LEFT_BY_POSTCOPY: Final = (
+    "bring migrd on the destination back, and kill neither QEMU: each may hold memory that the "
+    "other lacks; or, when that host is gone for good: migrd resolve ID guest_lost --evidence '...'"
+)
 OLD_COPY: Final = (
     "find out whether the guest did anything after the destination had its copy: migrd resolve ID "
     "use_destination_copy, or guest_lost, with --evidence '...'"

@@ -94,8 +94,9 @@ def _owned(found: DestinationFound) -> Action:
         return replace(action, deed=Deed.CALL_OPERATOR, settles=FIND_PROCESS, alarm=True)
     if not starting and (own.fate.is_dead or record.is_theirs or record is Record.ABSENT):
         text = f"owned, and not started: {own}, arbiter {record.value}"
-        is_by_record = record is not Record.JOURNALS and record is not Record.UNREACHABLE
-        return _go_on(found, text, _REFUSED if is_by_record else None)
+        is_said = own.fate.is_dead or record is not Record.ABSENT  # else its source has to say it
+        is_said = is_said and record not in (Record.JOURNALS, Record.UNREACHABLE)
+        return _go_on(found, text, _REFUSED if is_said else None)
     # starting is journalled only after the record was read as started here
     may_run = starting or record in (Record.JOURNALS, Record.MINE, Record.MINE_STARTED)
     sure = may_run and own.fate is Fate.ANSWERS and own.guest is not Guest.UNKNOWN

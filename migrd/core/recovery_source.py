@@ -12,6 +12,7 @@ from migrd.core.phases import INSTRUCTION_OF, TERMINAL, Phase
 from migrd.core.recovery_action import (
     FENCE_OR_WAIT,
     FIND_PROCESS,
+    LEFT_BY_POSTCOPY,
     LOOK_THERE,
     OLD_COPY,
     Action,
@@ -181,7 +182,7 @@ def _in_postcopy(found: SourceFound) -> Action:
         return _go_on(found, "the guest has left by postcopy, and is there", Phase.SUCCEEDED)
     text = f"on its way by postcopy: {own}, destination {there.value}"
     if found.phase is Phase.NEEDS_OPERATOR:
-        return _ask(found, text, FENCE_OR_WAIT)
+        return _ask(found, text, LEFT_BY_POSTCOPY)
     return _go_on(found, text)
 
 

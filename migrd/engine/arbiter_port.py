@@ -64,6 +64,10 @@ class ArbiterState:
     """Hosts whose lease lives (liveness, nothing more); None: not known."""
 
 
+NO_RECORD: Final = 0
+"""The revision of a record that there is none of."""
+
+
 class Arbiter(Protocol):
     """The third party. Every call has a deadline of its own (`[arbiter] request_timeout_ms`) and
     raises ArbiterUnavailable (nothing is known of its effect) or ArbiterConflict (the record is
@@ -96,9 +100,9 @@ class Arbiter(Protocol):
         run_guest: bool = True,
         migration_id: str | None = None,
     ) -> Ownership:
-        """One compare-and-swap on `record.revision`. Applied twice it is applied once: when the
-        record is found to say already what was to be written, by this migration, that is
-        success."""
+        """One compare-and-swap on `record.revision` (NO_RECORD: it is created). Applied twice it
+        is applied once: when the record is found to say already what was to be written, by this
+        migration, that is success."""
 
     async def forget(self, record: Ownership) -> None:
         """Remove the record of a VM that is no more, if it is as it was read."""

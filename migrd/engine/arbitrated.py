@@ -24,7 +24,7 @@ from typing import Final
 from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Cause, MigrationEvent, Mode
 from migrd.core.phases import Phase, Trigger
-from migrd.engine.arbiter_port import Ownership
+from migrd.engine.arbiter_port import NO_RECORD, Ownership
 from migrd.engine.granting import (
     FIRST_RETRY_S,
     LONGEST_RETRY_S,
@@ -281,7 +281,8 @@ async def _gave_for_good(m: Outgoing, *, started: bool) -> bool | None:
         if is_back and m.state.mode is Mode.PRECOPY:
             return False
         if record is None:
-            await present(m.world).claim(vm, there, epoch, m.id)
+            absent = Ownership(vm, there, epoch, started=False, revision=NO_RECORD)
+            await _assign(m, absent, there, started=started)  # a claim would not say `run_guest`
         elif record.owner == here and record.epoch <= epoch:
             with around("source.assign"):
                 await _assign(m, record, there, started=started)
@@ -321,14 +322,21 @@ async def fence(m: Outgoing) -> None:
     m.settle(ELSEWHERE)
 
 
-async def put_right(m: Outgoing, is_known: Callable[[], bool]) -> None:
+async def put_right(m: Outgoing, is_known: Callable[[], bool], lock: asyncio.Lock) -> None:
     """The guest is here for good, or has ended, and the record may still name the destination.
-    Until it is written, or the VM is forgotten; a claim meanwhile does the same."""
+    Until it is written, or the VM is forgotten; a claim meanwhile does the same. `lock` is the
+    VM's."""
     was_granted = Phase.GRANTED in {entry.phase for entry in m.state.timeline}
     if not (m.state.arbitrated and was_granted and m.state.is_terminal) or m.has_left:
         return
     pause_s = FIRST_RETRY_S
-    while is_known() and not await _is_back(m) and ELSEWHERE not in m.troubles:
+    while True:
+        async with lock:  # a VM that is being forgotten would get a record again
+            if not is_known():
+                m.settle(UNREACHABLE)
+                return
+            if await _is_back(m) or ELSEWHERE in m.troubles:
+                return
         await asyncio.sleep(pause_s)
         pause_s = min(2 * pause_s, LATER_S)
 

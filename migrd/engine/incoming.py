@@ -110,7 +110,8 @@ class Incoming(IncomingRecord):
     async def take_back(self, reason: str) -> None:
         """The source has the guest back by an operator's word, and our QEMU, which died while it
         was started, never will run it. The message alone does not say so, for it may be one from
-        before the grant that comes late: with an arbiter its record must, else the source itself.
+        before the grant that comes late: with an arbiter its record must, while there is one, else
+        the source itself.
         For a task that is over; raises JournalError, ArbiterUnavailable."""
         async with self._taking_back:  # a message that is repeated must not be journalled twice
             may = self.state.phase is DestinationPhase.STARTING and self.vmm_died
@@ -119,7 +120,9 @@ class Incoming(IncomingRecord):
 
     async def _is_given_back(self) -> bool:
         if self.stored.settings.arbitrated:
-            return await self._record.is_the_sources()
+            is_the_sources = await self._record.is_the_sources()
+            if is_the_sources is not None:
+                return is_the_sources
         with contextlib.suppress(PeerError, TimeoutError):
             async with asyncio.timeout(SAYS_S):
                 if self.source is not None:
@@ -262,6 +265,7 @@ class Incoming(IncomingRecord):
         triggers = [DestinationTrigger.GRANT_RECEIVED]
         if not self._record.decides:
             triggers.append(DestinationTrigger.START_ORDERED)
+        self.note = None  # of a source that was silent
         await self._apply(*triggers, run_guest=self._run_guest)
 
     @contextlib.asynccontextmanager
@@ -296,13 +300,22 @@ class Incoming(IncomingRecord):
                 if isinstance(exc, RecordGone) and await self._is_back_at_source():
                     await self._refuse(f"the guest is back on {self.stored.source}")
                     return
-                self.note_arbiter(exc.message)
+                self._note_owed(exc)
                 await asyncio.sleep(RETRY_S)
                 return
             if refusal is not None:
                 await self._refuse(refusal)
                 return
         await self._apply(DestinationTrigger.START_ORDERED)
+
+    def _note_owed(self, exc: ArbiterUnavailable) -> None:
+        """Owned, and not yet allowed to start."""
+        if isinstance(exc, RecordGone):
+            self.note_arbiter(None)
+            source = self.stored.source
+            self.say_why_not(f"{exc.message}, and {source} does not say who has the guest")
+        else:
+            self.note_arbiter(exc.message)
 
     async def _is_back_at_source(self) -> bool:
         """By the source's own word, for there is no record: it has run since, so this copy is old.

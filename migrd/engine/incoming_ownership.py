@@ -4,7 +4,7 @@
               heard: the source may be gone)                                      => owned
     owned     write `started`; it is the destination's for good once that has been seen => starting
               the record is the source's again, or of a newer epoch: refuse, durably     => refused
-              there is none (somebody removed it): the source settles it
+              there is none (somebody removed it): the source settles it, or a person
 
 Whether the guest may start is in the record alone; GRANT only hastens things. While the arbiter
 does not answer the copy is kept: it may be the last one, and the source asks for a refusal if its
@@ -13,10 +13,11 @@ is enough.
 """
 
 import asyncio
+import contextlib
 from typing import Final
 
-from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Mode
+from migrd.engine.arbiter_port import Ownership
 from migrd.engine.incoming_record import IncomingRecord
 from migrd.engine.ownership import Standing, as_target, present
 from migrd.errors import ArbiterConflict, ArbiterUnavailable
@@ -32,6 +33,15 @@ LOOK_AGAIN_S: Final = 0.1
 
 class RecordGone(ArbiterUnavailable):
     """Somebody has removed the record, as is done with a VM that is deleted."""
+
+
+def _gone(record: Ownership | None) -> str:
+    if record is None:
+        return "the arbiter has no record of this grant any more"
+    return (
+        f"the arbiter's record of {record.vm} was made anew since this grant, for {record.owner} "
+        f"(epoch {record.epoch}): ask migrd there"
+    )
 
 
 class RecordKeeping:
@@ -110,9 +120,12 @@ class RecordKeeping:
             if standing is Standing.STARTED:
                 i.note_arbiter(None)
                 return None
+            if record is None and self.is_proven:
+                with contextlib.suppress(ArbiterConflict):
+                    await present(i.world).claim(i.stored.spec.name, here, epoch, i.id)
+                continue
             if record is None or record.epoch < epoch:
-                kind = RecordGone if record is None else ArbiterUnavailable
-                raise kind("the arbiter has no record of this grant any more")
+                raise RecordGone(_gone(record))
             if self._is_settled():
                 whom = f"{record.owner} (epoch {record.epoch})"
                 return f"the arbiter's record says {whom}: taken back by {i.stored.source}"
@@ -124,11 +137,8 @@ class RecordKeeping:
             self._not_ours_since_s = now_s
         return now_s - self._not_ours_since_s >= SETTLED_S
 
-    async def is_the_sources(self) -> bool:
+    async def is_the_sources(self) -> bool | None:
         """A guest of which nobody knew whether it ran here is the source's again: a fence was
-        written. Raises ArbiterUnavailable."""
-        i = self._i
-        if not i.stored.settings.arbitrated or i.state.phase is not DestinationPhase.STARTING:
-            return True
-        record = await present(i.world).read(i.stored.spec.name)
-        return record is not None and record.owner != i.world.options.host
+        written. None: there is no record (the VM was deleted). Raises ArbiterUnavailable."""
+        record = await present(self._i.world).read(self._i.stored.spec.name)
+        return None if record is None else record.owner != self._i.world.options.host

@@ -6,6 +6,7 @@ logged with it and never takes another one down.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine, Mapping
 from contextvars import Context
 from typing import Any, Final
@@ -18,7 +19,6 @@ from migrd.core.migration import MigrationState, Mode
 from migrd.core.phases import Instruction, Phase, Trigger
 from migrd.core.standing import StandingDecision
 from migrd.core.tracking import Plan
-from migrd.engine.arbiter_port import Ownership
 from migrd.engine.arbitrated import put_right
 from migrd.engine.decisions import placed_spec
 from migrd.engine.device_start import DeviceStart
@@ -28,6 +28,7 @@ from migrd.engine.outgoing import Outgoing, Step
 from migrd.engine.ports import Peer, StoredIncoming, StoredRequest, Vmm
 from migrd.engine.precopy import run_precopy
 from migrd.engine.prepare import check_preflight, prepare_destination
+from migrd.engine.proofs import Proofs
 from migrd.engine.resolving import DestinationSide, Side, SourceSide, take_up
 from migrd.engine.rollback import roll_back
 from migrd.engine.switchover import (
@@ -55,6 +56,7 @@ STEPS: Final[Mapping[Instruction, Step]] = {
 ENDED_IN_MEMORY: Final = 2000
 """Ended migrations shown without asking the journal; older ones are forgotten here."""
 QUEUE_LIMIT: Final = 256
+SETTLE_EACH_S: Final = 30.0
 
 
 class Migrations:
@@ -71,6 +73,7 @@ class Migrations:
         self._group = group
         self.outgoing: dict[str, Outgoing] = {}
         self.incoming: dict[str, Incoming] = {}
+        self.proofs = Proofs(world.options.host, vms, self.outgoing, self.incoming)
         self._before: dict[str, Entry | None] = {}
 
     # Lookup -----------------------------------------------------------------------------------
@@ -93,37 +96,6 @@ class Migrations:
             if i.stored.spec.name == vm and not i.is_over:
                 return i
         return None
-
-    def proves(self, record: Ownership) -> bool:
-        """Does this host's journal prove that the guest is this host's, although the arbiter's
-        record says otherwise? It was kept, or came back, or came here, by that very migration."""
-        self.vms.note_epoch(record.vm, record.epoch)  # epochs only grow, wherever they were seen
-        id_ = record.migration_id or ""
-        m, i = self.outgoing.get(id_), self.incoming.get(id_)
-        if m is not None:
-            return m.state.is_terminal and not m.has_left and m.state.epoch == record.epoch
-        came = i is not None and i.state.phase is DestinationPhase.RUNNING
-        return came and i is not None and i.state.epoch == record.epoch
-
-    def disproves(self, record: Ownership) -> str | None:
-        """The host that has the guest, where a record that names this host is behind the truth: it
-        was refused here, or has left (by postcopy, or while there was no arbiter) and not come
-        back."""
-        if record.owner != self.world.options.host:
-            return None
-        i = self.incoming.get(record.migration_id or "")
-        if i is not None and i.state.epoch == record.epoch:
-            return i.stored.source if i.state.phase is DestinationPhase.REFUSED else None
-        gone = [m for m in self.outgoing.values() if m.stored.request.vm == record.vm]
-        gone = [m for m in gone if m.has_left and _is_of_or_before(record, m)]
-        if not gone:
-            return None
-        last = max(gone, key=lambda m: m.state.epoch)
-        for came in self.incoming.values():
-            is_newer = came.stored.spec.name == record.vm and came.state.epoch > last.state.epoch
-            if is_newer and came.state.phase is DestinationPhase.RUNNING:
-                return None
-        return last.stored.request.destination
 
     @property
     def pending(self) -> list[Outgoing]:
@@ -161,7 +133,7 @@ class Migrations:
         m.on_ended = self._ended
         vm = stored.request.vm
         m.decision = lambda: self._standing(vm)
-        m.proves = self.proves
+        m.proves = self.proofs.proves
         m.plan_now = lambda: self._plan_now(vm)
         m.spec_now = lambda: self._spec_now(stored)
         self.outgoing[m.id] = m
@@ -204,7 +176,8 @@ class Migrations:
                 self._forget_old()
                 vm = m.stored.request.vm
                 entry = self.vms.get(vm)
-                await put_right(m, lambda: self.vms.get(vm) is entry)
+                lock = self.vms.lock(vm)
+                await put_right(m, lambda: self.vms.get(vm) is entry, lock)
 
     def _ended(self, m: Outgoing) -> None:
         """What became of the VM here; true by the time that a client can see the end."""
@@ -301,6 +274,16 @@ class Migrations:
                 self._forget_old()
                 if i.vmm is not None and i.vmm.is_dead:
                     await self.starts.holding.release(i.vmm.instance)
+                while i.state.phase is DestinationPhase.STARTING:
+                    await self.settle_dead(i)
+                    await asyncio.sleep(SETTLE_EACH_S)
+
+    async def settle_dead(self, i: Incoming) -> None:
+        """A guest that died here as it was started is its source's to settle, and a source that did
+        may have told nobody: this daemon was down. Not yet settled, it is asked again."""
+        with contextlib.suppress(MigrdError):
+            await i.take_back_if_ended()
+            self.taken_back(i)
 
     def _after_incoming(self, i: Incoming) -> None:
         entry = self.vms.get(i.stored.spec.name)
@@ -359,10 +342,6 @@ class Migrations:
         for i in over[: max(0, len(over) - ENDED_IN_MEMORY)]:
             if latest[i.stored.spec.name] != i.id:
                 del self.incoming[i.id]
-
-
-def _is_of_or_before(record: Ownership, m: Outgoing) -> bool:
-    return record.epoch < m.state.epoch or record.migration_id == m.id
 
 
 async def _guarded(work: Coroutine[Any, Any, None], name: str) -> None:

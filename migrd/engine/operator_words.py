@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from migrd.core.handover import DestinationEvent, DestinationTrigger
+from migrd.core.handover import DestinationEvent, DestinationPhase, DestinationTrigger
 from migrd.core.migration import Cause, MigrationEvent
 from migrd.core.phases import TRANSITIONS, Phase
 from migrd.engine.ports import StoredResolution
@@ -86,7 +86,9 @@ class OperatorWords:
         word = self.pending
         if word is None:
             return
-        started = event.trigger is DestinationTrigger.GRANT_RECEIVED
+        was_owned = word.stored.known.phase == DestinationPhase.OWNED
+        start = DestinationTrigger.START_ORDERED if was_owned else DestinationTrigger.GRANT_RECEIVED
+        started = event.trigger is start
         refused = event.trigger is DestinationTrigger.REFUSAL_DECIDED
         is_use = word.stored.resolution == "use_destination_copy"
         if (started and is_use) or (refused and event.reason == word.cause.message):

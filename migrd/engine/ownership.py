@@ -128,8 +128,8 @@ async def claim_to_start(
             raise behind(found, there)
         if not (proves(found) or found.owner == host):
             raise elsewhere(vm, found)
-        if found.owner == host and found.started and found.epoch >= epoch:
-            return found
+        # written also when it says so already: the new revision rules out a late write, such as a
+        # removal that was not answered
         return await arbiter.assign(found, host, epoch=max(epoch, found.epoch), started=True)
     except ArbiterConflict:
         raise overtaken(vm, await arbiter.read(vm), host) from None
@@ -141,7 +141,8 @@ def behind(found: Ownership, there: str) -> Conflict:
         f"the arbiter's record of {found.vm} (epoch {found.epoch}) names this host and is behind "
         f"the truth: by this host's journal the guest is {there}'s; ask migrd on {there} for it, "
         "which puts the record right with its next start or migration. When that host is gone for "
-        f"good, prove it (power it off), and remove the record of {found.vm} from the arbiter",
+        "good, prove it (power it off), and remove the record: etcdctl del PREFIX/vms/"
+        f"{found.vm} ([arbiter] prefix)",
         code="owned_elsewhere",
     )
 
@@ -166,7 +167,8 @@ def elsewhere(vm: str, found: Ownership | None) -> Conflict:
     what = "runs" if found.started else "was granted"
     return Conflict(
         f"the arbiter says that {vm} {what} on {found.owner} (epoch {found.epoch}): ask migrd on "
-        f"{found.owner} for it. When that host is gone for good, prove it (power it off), and "
-        f"remove the record of {vm} from the arbiter",
+        f"{found.owner} for it. When it knows no {vm} (a start was cut short there), define it "
+        f"there and forget it there. When that host is gone for good, prove it (power it off), "
+        f"and remove the record: etcdctl del PREFIX/vms/{vm} ([arbiter] prefix)",
         code="owned_elsewhere",
     )

@@ -20,7 +20,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Final
 
-from migrd.core.convergence import FIXED_COST_S, Decision, Situation, Verdict, decide, estimate
+from migrd.core.convergence import Decision, Situation, Verdict, decide, estimate
 from migrd.core.facts import QemuStatus, TransferSample
 from migrd.core.handover import DestinationPhase
 from migrd.core.migration import Cause, MigrationEvent, Mode
@@ -28,6 +28,7 @@ from migrd.core.phases import Trigger
 from migrd.engine.arbiter_watch import ArbiterWatch
 from migrd.engine.first_look import first_look, keep_numbers
 from migrd.engine.last_words import last_word, why_failed
+from migrd.engine.limits import Limits
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.ownership import UNREACHABLE
 from migrd.engine.ports import DestinationView
@@ -40,15 +41,7 @@ TICK_S: Final = 0.5
 """Without a round or a change of status the situation is looked at this often."""
 ASK_S: Final = 5.0
 """Long poll of the destination's side."""
-HOLD_S: Final = 0.001
-"""The downtime limit that keeps QEMU in precopy. Not zero: QEMU then takes its estimate for exact,
-and switches over when that is zero."""
-HOLD_BYTES_PER_S: Final = 256 << 10
-"""So that less than a page fits the limit: a guest that writes 64 pages a second is held."""
 DESTINATION: Final = "DestinationUnreachable"
-LEAST_LIMIT_S: Final = 0.001
-AT_ONCE_S: Final = 2000.0
-"""The largest downtime limit QEMU takes."""
 
 LEFT_PRECOPY: Final = frozenset(
     {
@@ -90,11 +83,7 @@ class Steering:
         self._m = m
         self._counter = RoundCounter(m.rounds[-1].number if m.rounds else 0)
         self._destination: DestinationView | None = None
-        self._holds: set[str] = set()
-        """The conditions for which QEMU is held in precopy."""
-        self._owes_limits = False
-        """QEMU may not have the limits that it should have."""
-        self._hastened = False
+        self._limits = Limits(m)
         self._last: Decision | None = m.decisions[-1] if m.resumed and m.decisions else None
         self._taken_over = m.resumed
         self._began_at_s = float("-inf")
@@ -125,7 +114,7 @@ class Steering:
         if sample.qemu_status is QemuStatus.NONE or sample.is_of_arrival:
             return False
         m.log.info("found the migration going on", qemu_status=sample.qemu_status.value)
-        self._owes_limits = not await self._set_limits()  # an earlier daemon may have held it
+        await self._limits.ask()  # an earlier daemon may have held it
         if m.throttle_percent > (sample.throttle_percent or 0):
             with contextlib.suppress(VmmRefused):  # decided, and perhaps never said
                 await m.vmm.set_throttle(m.throttle_percent)
@@ -150,11 +139,11 @@ class Steering:
         refused = self._refused() or self._lost()
         if refused is not None:
             return refused
-        if self._owes_limits:
-            await self._try_limits()
+        if self._limits.are_owed:
+            await self._limits.say()
         if m.policy_changed.is_set():
             m.policy_changed.clear()
-            self._owes_limits = not await self._set_limits()
+            await self._limits.ask()
         return self.stopped.overdue(now_s) or await self._steer(now_s) or self._stalled(now_s)
 
     def _note(self, sample: TransferSample, now_s: float) -> None:
@@ -259,57 +248,18 @@ class Steering:
                 m.throttle_percent = decision.throttle_percent
             case Verdict.START_POSTCOPY:
                 await self._start_postcopy()
-            case Verdict.SWITCH_OVER if not self._holds:
-                await self._hasten(decision, again=again)
+            case Verdict.SWITCH_OVER if not self._limits.is_holding:
+                await self._limits.hasten(decision, again=again)
             case _:
                 pass
         return None
 
     async def _start_postcopy(self) -> None:
         m = self._m
-        if self._holds:
+        if self._limits.is_holding:
             return
         await m.apply(m.event(Trigger.POSTCOPY_CHOSEN))
         await m.vmm.start_postcopy()
-
-    async def _hasten(self, decision: Decision, *, again: bool) -> None:
-        """Our figures say that it fits (or a client says so); QEMU has not begun by itself."""
-        m = self._m
-        if decision.reason == "forced":
-            if not self._hastened:
-                await m.vmm.set_limits(downtime_limit_s=AT_ONCE_S)
-                self._hastened = True
-            return
-        bandwidth = decision.estimate.bandwidth_bytes_per_s
-        if again and bandwidth and not self._hastened:
-            self._hastened = True
-            await m.vmm.set_limits(
-                downtime_limit_s=m.state.policy.downtime_limit_s,
-                switchover_bandwidth_bytes_per_s=int(bandwidth),
-            )
-
-    async def _set_limits(self) -> bool:
-        """Give QEMU the policy as it is now, or hold it in precopy; False: it did not take it."""
-        m, policy = self._m, self._m.state.policy
-        bandwidth = policy.max_bandwidth_bytes_per_s
-        if self._holds:
-            limit_s, bandwidth = HOLD_S, min(bandwidth or HOLD_BYTES_PER_S, HOLD_BYTES_PER_S)
-        elif m.state.switchover_forced:
-            limit_s = AT_ONCE_S
-        else:
-            limit_s = max(LEAST_LIMIT_S, policy.downtime_limit_s - FIXED_COST_S)
-        self._hastened = False
-        try:
-            await m.vmm.set_limits(max_bandwidth_bytes_per_s=bandwidth, downtime_limit_s=limit_s)
-        except VmmRefused:
-            return False
-        return True
-
-    async def _try_limits(self) -> None:
-        """The same, said again at the next look if QEMU does not answer now."""
-        self._owes_limits = True
-        with contextlib.suppress(MigrdError):
-            self._owes_limits = not await self._set_limits()
 
     # The other side -------------------------------------------------------------------------
 
@@ -319,7 +269,7 @@ class Steering:
         the arbiter answers."""
         tasks = [
             asyncio.create_task(self._ask_destination()),
-            asyncio.create_task(self._arbiter.run(self._hold, self._let_go)),
+            asyncio.create_task(self._arbiter.run(self._limits.hold_for, self._limits.let_go)),
         ]
         try:
             yield
@@ -339,12 +289,12 @@ class Steering:
                 await asyncio.sleep(TICK_S)
             except PeerError as exc:
                 generation = -1  # a daemon that was restarted counts anew
-                await self._hold(DESTINATION, exc.message)
+                await self._limits.hold_for(DESTINATION, exc.message)
                 await asyncio.sleep(TICK_S)
             else:
                 generation, self._destination = view.generation, view
                 self._m.settle("DestinationUnclear")
-                await self._let_go(DESTINATION)
+                await self._limits.let_go(DESTINATION)
 
     async def _asked(self, generation: int) -> DestinationView:
         """The next view. When this step ends meanwhile, the switchover goes on waiting for it."""
@@ -355,18 +305,6 @@ class Steering:
         except asyncio.CancelledError:
             m.ahead.keep_view(asking)
             raise
-
-    async def _hold(self, condition: str, why: str) -> None:
-        if condition not in self._holds:
-            self._holds.add(condition)
-            self._m.trouble(condition, why)
-            await self._try_limits()
-
-    async def _let_go(self, condition: str) -> None:
-        if condition in self._holds:
-            self._holds.remove(condition)
-            self._m.settle(condition)
-            await self._try_limits()
 
     async def after_death(self, exc: VmmDied) -> MigrationEvent:
         """The source process is gone. It has not completed without our migrate-continue; if an

@@ -104,14 +104,12 @@ class Reception:
         )
 
     async def _settle_dead(self, source: str, vm: str) -> None:
-        """A guest that died here as it was started is its source's to settle. A source that did,
-        while this daemon was down, is about to ask for the VM to be taken again."""
+        """Its source may be about to ask for a VM to be taken again that died here when it was
+        started."""
         for i in list(self._migrations.incoming.values()):
             is_his = i.stored.source == source and i.stored.spec.name == vm
             if is_his and i.state.phase is DestinationPhase.STARTING and i.is_over:
-                with contextlib.suppress(MigrdError):  # asked again with the next preflight
-                    await i.take_back_if_ended()
-                    self._migrations.taken_back(i)
+                await self._migrations.settle_dead(i)
 
     async def _look_at(self, vm: VmSpec) -> _Seen:
         """Raises nothing: what is wrong becomes a refusal."""

@@ -62,7 +62,7 @@ class Registry:
         self._vms: VmTable = migrations.vms
         self._host = host
         self._lifecycle = Lifecycle(migrations, migrations.starts)
-        self._what_ifs = WhatIfs(migrations.world, migrations.decisions, migrations.proves)
+        self._what_ifs = WhatIfs(migrations.world, migrations.decisions, migrations.proofs.proves)
         self._creating = asyncio.Lock()
 
     # Host -------------------------------------------------------------------------------------

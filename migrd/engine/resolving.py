@@ -257,7 +257,7 @@ class SourceSide:
         there, died = DestinationPhase(known.peer_phase), bool(known.peer_vmm_died)
         answers = f"migrd on {known.peer} answers: {there.value}"
         answers += ", its VMM is dead" if died else ""
-        ran = there is DestinationPhase.RUNNING
+        ran, granted = there is DestinationPhase.RUNNING, self._m.state.granted
         match said:
             case Resolution.DESTINATION_FENCED if ran:
                 return "destination_ran", f"{answers}: what is here is old"
@@ -270,6 +270,8 @@ class SourceSide:
                 return "no_copy_there", answers
             case Resolution.GUEST_LOST if ran and not died:
                 return "destination_runs", answers
+            case Resolution.GUEST_LOST if granted and not died and there not in _NO_COPY:
+                return "destination_lives", f"{answers}, and may run it: end that first"
             case _:
                 return None
 
@@ -292,6 +294,10 @@ class SourceSide:
 # The destination ----------------------------------------------------------------------------------
 
 
+_WAITING: Final = frozenset({DestinationPhase.LOADED, DestinationPhase.OWNED})
+"""Owned: its record was removed, so only the source could say what it is."""
+
+
 class DestinationSide:
     """`i`, a migration to this host: a whole copy is here, and its source is silent for good."""
 
@@ -310,7 +316,7 @@ class DestinationSide:
     def misplaced(self, said: Resolution) -> Denial | None:
         i = self._i
         stands = f"migration {i.id} is {self.phase} here"
-        if i.state.phase is not DestinationPhase.LOADED or i.note is None:
+        if i.state.phase not in _WAITING or i.note is None:
             return "not_needs_operator", stands
         if said not in (Resolution.USE_DESTINATION_COPY, Resolution.GUEST_LOST):
             return "not_the_source", f"{stands}: that word is for {i.stored.source}"
@@ -320,7 +326,7 @@ class DestinationSide:
         i = self._i
         while i.state.phase in _ARRIVING and not i.is_over:
             await i.wait_newer(i.generation, LONG_S)
-        return i.state.phase is DestinationPhase.LOADED
+        return i.state.phase in _WAITING
 
     async def look(self) -> KnownThen:
         i = self._i

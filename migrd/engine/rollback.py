@@ -203,7 +203,7 @@ async def _after_death(m: Outgoing, exc: VmmDied, limit_s: float | None) -> Migr
         text = f"{exc.message} while it was rolled back, and {m.peer.name} does not say what it has"
         return m.event(Trigger.OUTCOME_UNKNOWN, cause=Cause(exc.code, text))
     if view is not None and view.phase is not DestinationPhase.REFUSED:
-        if m.may_have_run:
+        if m.may_have_run and not is_used(view):
             return m.event(Trigger.OUTCOME_UNKNOWN, cause=unwatched(m, exc))
         return m.event(Trigger.TRANSFER_COMPLETED, source_died=True)
     cause = Cause(exc.code, f"{exc.message} while the migration was being rolled back")
@@ -228,6 +228,11 @@ async def _settled_there(m: Outgoing) -> DestinationView | None:
             if view.phase not in (DestinationPhase.PREPARING, DestinationPhase.RECEIVING):
                 return view
     return None
+
+
+def is_used(view: DestinationView) -> bool:
+    """A person has said there, with proof, that the copy is the guest: it was never granted."""
+    return view.phase in (DestinationPhase.STARTING, DestinationPhase.RUNNING)
 
 
 def unwatched(m: Outgoing, exc: VmmDied) -> Cause:

@@ -36,7 +36,7 @@ from migrd.engine.ownership import UNREACHABLE
 from migrd.engine.ports import DestinationView
 from migrd.engine.precopy import is_pointless
 from migrd.engine.recover_postcopy import finish_postcopy
-from migrd.engine.rollback import bring_back, unwatched
+from migrd.engine.rollback import bring_back, is_used, unwatched
 from migrd.errors import (
     MigrdError,
     PeerError,
@@ -248,15 +248,11 @@ async def _after_death(m: Outgoing, exc: VmmDied) -> MigrationEvent:
         async with asyncio.timeout(DEATH_S):
             view = await _destination_loaded(m)
     except TimeoutError:
-        cause = Cause(
-            exc.code,
-            f"{exc.message} during the switchover, and {m.peer.name} does not say whether it has "
-            "all of the guest; it will be asked on",
-        )
-        return m.event(Trigger.OUTCOME_UNKNOWN, cause=cause)
+        text = f"{exc.message} in switchover, and {m.peer.name} does not say whether it has it all"
+        return m.event(Trigger.OUTCOME_UNKNOWN, cause=Cause(exc.code, f"{text}; it is asked on"))
     if view.phase is DestinationPhase.REFUSED:
         return m.event(Trigger.GUEST_DIED, cause=Cause(exc.code, f"{exc.message} in switchover"))
-    if m.may_have_run:
+    if m.may_have_run and not is_used(view):
         return m.event(Trigger.OUTCOME_UNKNOWN, cause=unwatched(m, exc))
     m.log.warning("the source died, the destination has all of the guest", cause=exc.message)
     return m.event(Trigger.TRANSFER_COMPLETED, source_died=True)
@@ -337,10 +333,12 @@ async def _until_there_is_nothing(m: Outgoing) -> MigrationEvent:
     """The source is dead and may have run on: whether the destination's copy is the guest, a
     person has to say. Only when there is no copy either, it is lost."""
     while True:
-        if (await _destination_loaded(m)).phase is DestinationPhase.REFUSED:
-            break
+        view = await _destination_loaded(m)
+        if view.phase is DestinationPhase.REFUSED:
+            return m.event(Trigger.GUEST_DIED, cause=m.state.cause)
+        if is_used(view):
+            return m.event(Trigger.TRANSFER_COMPLETED, source_died=True)
         await asyncio.sleep(LONGEST_RETRY_S)
-    return m.event(Trigger.GUEST_DIED, cause=m.state.cause)
 
 
 # Completing ---------------------------------------------------------------------------------------

@@ -156,6 +156,12 @@ def next_step(m: Outgoing) -> str | None:
             return _operators_part(m)
         case Phase.GUEST_LOST if m.has_left:
             return f"{vm} died with its move. See to its QEMU on {there}, then start it there."
+        case Phase.GUEST_LOST if not m.vmm.is_dead:
+            return (
+                f"{vm} runs nowhere; its stopped QEMU (pid {m.vmm.pid}) still stands on {here}. "
+                f"End that first: migrd stop {vm} (or where it was started, when migrd did not "
+                f"launch it); then start it where you want it: migrd start {vm}"
+            )
         case Phase.GUEST_LOST:
             return f"{vm} runs nowhere. Start it again where you want it: migrd start {vm}"
         case Phase.ROLLED_BACK:
@@ -186,6 +192,13 @@ def _operators_part(m: Outgoing) -> str:
             f"Find out whether {vm} runs on {there}: the QEMU on {here} is dead. When migrd on "
             f"{there} can be brought back, do that: this ends by itself. If {there} is dead for "
             f"good, {vm} runs nowhere: migrd resolve {m.id} guest_lost --evidence '...'."
+        )
+    if m.state.cause is not None and m.state.cause.code == "destination_silent":
+        return (
+            f"Bring migrd on {there} back: {vm} has left for it by postcopy, and this ends by "
+            "itself then. Kill neither QEMU: each may hold memory that the other one lacks. If "
+            f"{there} is gone for good, so is {vm}: migrd resolve {m.id} guest_lost "
+            "--evidence '...'."
         )
     if m.state.granted:
         return (
@@ -271,7 +284,13 @@ def _next_step_there(i: Incoming) -> str | None:
             f"The QEMU here died while {i.stored.spec.name} was being started. See migration "
             f"{i.id} on {i.stored.source}: an operator decides there."
         )
-    if i.state.phase is DestinationPhase.LOADED and i.note is not None:
+    waits = i.state.phase in (DestinationPhase.LOADED, DestinationPhase.OWNED)
+    if waits and (word := i.words.pending) is not None:
+        return (
+            f"Nothing more need be said: {word.stored.resolution} is carried out as soon as the "
+            "arbiter's record allows it. What stands against that is in the conditions."
+        )
+    if waits and i.note is not None:
         return (
             f"Bring migrd on {i.stored.source} back: this ends by itself then. If that host is "
             f"gone for good, this copy may be the last: migrd resolve {i.id} "

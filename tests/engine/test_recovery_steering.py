@@ -13,8 +13,8 @@ from migrd.core.deadline import GRACE_S
 from migrd.core.facts import QemuStatus, Round
 from migrd.core.migration import Mode, Policy, WhenNotConverging
 from migrd.core.phases import Phase
+from migrd.engine.limits import AT_ONCE_S
 from migrd.engine.outgoing_record import KEEP_EVERY_S
-from migrd.engine.precopy import AT_ONCE_S
 from tests.engine.test_steering import never_converges
 from tests.fakes.virtual_time import now_s, until
 from tests.fakes.wire import MIB
