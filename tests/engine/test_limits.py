@@ -26,12 +26,11 @@ class _SlowMonitor:
 
     async def set_limits(self, **limits: Any) -> None:
         self.asked.append(limits)
-        match len(self.asked):
-            case 1:
-                await asyncio.sleep(1.0)
-            case 2 | 3:
-                await asyncio.sleep(5.0)
-                raise VmmTimedOut("the monitor did not answer")
+        if len(self.asked) == 1:
+            await asyncio.sleep(1.0)
+        elif len(self.asked) <= 3:
+            await asyncio.sleep(5.0)
+            raise VmmTimedOut("the monitor did not answer")
         await self._inner.set_limits(**limits)
 
 
