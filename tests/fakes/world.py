@@ -90,7 +90,7 @@ class Daemon:
         self._pair = pair
         self._stop = asyncio.Event()
         self._ready = asyncio.Event()
-        self.launcher = FakeLauncher(pair.hosts[name])
+        self.launcher = FakeLauncher(pair.hosts[name], lambda: self.gate.is_dead)
         self.passthrough = SimPassthrough(pair.hardware[name])
         self.journal = FakeJournal(pair.disks[name], commit_s=COMMIT_S)
         self.options = replace(pair.options[name], host=name)
