@@ -241,7 +241,7 @@ class Pair:
             self.check_truth()
 
     async def _end_world(self) -> None:
-        for restore in self._restorers:
+        for restore in reversed(self._restorers):
             restore()
         await self.road.close()
         tasks = [t.task for t in self.ground.wire.transfers if t.task is not None]

@@ -28,7 +28,6 @@ from migrd.engine import boot, registry
 from migrd.engine.service import Resolution
 from migrd.errors import MigrdError
 from tests.fakes import arbiter as fake
-from tests.fakes import road
 from tests.fakes.arbiter import FakeArbiterStore
 from tests.fakes.arbiter import Trouble as ArbiterTrouble
 from tests.fakes.road import Loss
@@ -203,7 +202,7 @@ async def _play(seed: int, done: list[str]) -> None:
     store = FakeArbiterStore()
     pair = Pair(arbiter=store, **BRISK.options)
     names = Names(seed)
-    for module, name, value in (*BRISK.constants, (fake, "LATE_S", LATE_S), (road, "LATE_S", 9.0)):
+    for module, name, value in (*BRISK.constants, (fake, "LATE_S", LATE_S)):
         pair.replace(module, name, value)
     pair.replace(registry, "uuid", names)
     pair.replace(boot, "secrets", names)
