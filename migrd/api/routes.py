@@ -320,7 +320,7 @@ async def resolve_migration(call: Call, path: MigrationPath, body: ResolveReques
     """Settle who has the guest, by what a person knows, with the evidence for it.
 
     At the source: of a migration in `needs_operator`. At the destination: of one that is `loaded`
-    and does not go on (condition `NotGoingOn`), by `use_destination_copy` or `guest_lost`.
+    or `owned` and does not go on (`NotGoingOn`), by `use_destination_copy` or `guest_lost`.
 
     Both sides are asked first: a word that one of them proves wrong is refused
     (`destination_lives`, `destination_ran`, `source_runs`, ...). It is written down, with what
