@@ -69,8 +69,9 @@ class Action:
 
 FIND_PROCESS: Final = (
     "look for the VM's process on this host (ps, its monitor); if it lives, bring its directory "
-    "below runtime_dir back and restart migrd; if it is gone, a reboot of this host proves that, "
-    "or a person does, at the source: migrd resolve ID guest_lost --evidence '...'"
+    "below runtime_dir back and restart migrd; if it is gone, a reboot of this host proves that; "
+    "of a migration away from here, a person may say so: migrd resolve ID guest_lost --evidence "
+    "'...'"
 )
 FENCE_OR_WAIT: Final = (
     "bring migrd on the destination back; or, when that host is proven off: migrd resolve ID "
