@@ -8,7 +8,7 @@ first fit. As few as possible, because each object maps the guest's memory again
 Within a container capable devices go first, so that no plain page table is there to capture them.
 Devices of one IOMMU group stay together: the kernel gives a group to one iommufd alone.
 
-When the VM may have fewer objects than that (`max_iommufds`, H15), untracked devices join the
+When the VM may have fewer objects than that (`max_iommufds`), untracked devices join the
 others and QEMU is left to block them, which is safe; what would corrupt silently (H2) is refused.
 """
 

@@ -15,7 +15,7 @@ Rules
 4. On the legacy group interface nothing is tracked by an IOMMU (type1 calls every pinned page
    dirty).
 5. Under a vIOMMU device logging is never used: the ranges to log are fixed when it starts, and what
-   the guest maps later would not be seen (H14). Where the IOMMU can, QEMU is told to leave the
+   the guest maps later would not be seen. Where the IOMMU can, QEMU is told to leave the
    device's log alone.
 """
 

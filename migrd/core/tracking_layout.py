@@ -150,7 +150,7 @@ _PRICES = {
         (CostCode.SMMU_V3_NO_NESTING, DomainFlag.NEST_PARENT, "dirty tracking excludes nesting"),
     ),
 }
-"""Kernel: amd/iommu.c, arm-smmu-v3.c (H12). Intel VT-d has none."""
+"""Kernel: amd/iommu.c, arm-smmu-v3.c. Intel VT-d has none."""
 
 
 def costs(layout: Layout) -> Iterator[Cost]:

@@ -102,7 +102,7 @@ class TrackingRequest:
     wants: frozenset[DomainFlag] = frozenset()
     """NEST_PARENT, PASID: what else the VM's page tables are to offer."""
     max_iommufds: int | None = None
-    """What launches the VM gives QEMU only so many iommufd objects (libvirt: one, H15)."""
+    """What launches the VM gives QEMU only so many iommufd objects (libvirt: one)."""
     downgraded: frozenset[str] = frozenset()
     """Devices whose ladder ended without tracking (`attach_ladder`)."""
     standing: tuple[StandingObject, ...] = ()

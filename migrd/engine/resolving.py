@@ -188,6 +188,10 @@ _NO_COPY: Final = _ARRIVING | {DestinationPhase.REFUSED}
 
 # The source ---------------------------------------------------------------------------------------
 
+_END_THAT: Final = (
+    "end that first, or power the host off. A process that migrd there cannot find: prove that it "
+    "is gone, and stop that migrd"
+)
 _RUNS_HERE: Final = "source_runs", "the guest runs on this host: nothing of the kind is true"
 
 
@@ -262,8 +266,7 @@ class SourceSide:
             case Resolution.DESTINATION_FENCED if ran:
                 return "destination_ran", f"{answers}: what is here is old"
             case Resolution.DESTINATION_FENCED if not died and there not in _NO_COPY:
-                text = f"{answers}, with a copy that it may run: power it off or end that first"
-                return "destination_lives", text
+                return "destination_lives", f"{answers}, and may run its copy: {_END_THAT}"
             case Resolution.DESTINATION_RUNS if died or not ran:
                 return "destination_not_running", answers
             case Resolution.USE_DESTINATION_COPY if died or there in _NO_COPY:
@@ -271,7 +274,7 @@ class SourceSide:
             case Resolution.GUEST_LOST if ran and not died:
                 return "destination_runs", answers
             case Resolution.GUEST_LOST if granted and not died and there not in _NO_COPY:
-                return "destination_lives", f"{answers}, and may run it: end that first"
+                return "destination_lives", f"{answers}, and may run it: {_END_THAT}"
             case _:
                 return None
 

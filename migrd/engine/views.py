@@ -5,6 +5,7 @@ from typing import Final
 from migrd.core.convergence import Estimate
 from migrd.core.facts import RunState, TransferSample
 from migrd.core.handover import DestinationPhase
+from migrd.core.migration import Mode
 from migrd.core.phases import Phase
 from migrd.engine.arbitrated import ELSEWHERE
 from migrd.engine.device_holding import DeviceHolding
@@ -232,10 +233,6 @@ def of_incoming(i: Incoming) -> MigrationView:
     # dead while it was started: nothing is left to do here, and a person's word may change it yet
     over = i.is_over and phase is not DestinationPhase.STARTING
     elapsed_s = (i.entered[-1][2] if over else now_s) - i.entered[0][2]
-    runs_on = RUNS_ON_SEEN_THERE[phase]
-    if i.vmm_died and phase is not DestinationPhase.REFUSED:  # else taken back by the source
-        unsure = phase is DestinationPhase.STARTING
-        runs_on = Whereabouts.UNKNOWN if unsure else Whereabouts.NOWHERE
     return MigrationView(
         id=i.id,
         role=Role.DESTINATION,
@@ -246,7 +243,7 @@ def of_incoming(i: Incoming) -> MigrationView:
         generation=i.generation,
         resource_version=i.resource_version,
         is_terminal=over,
-        guest_runs_on=runs_on,
+        guest_runs_on=_whereabouts_there(i),
         epoch=i.state.epoch,
         created_wall_s=i.stored.created_wall_s,
         timeline=_timeline([(p.value, wall_s, at_s) for p, wall_s, at_s in i.entered]),
@@ -265,6 +262,16 @@ def of_incoming(i: Incoming) -> MigrationView:
         requested_by=i.stored.source,
         resolutions=_resolutions(i.words, is_open=not over),
     )
+
+
+def _whereabouts_there(i: Incoming) -> Whereabouts:
+    phase = i.state.phase
+    if phase is DestinationPhase.REFUSED and i.state.mode is Mode.POSTCOPY:
+        return Whereabouts.UNKNOWN  # it may have left the source; that one knows what came of it
+    if i.vmm_died and phase is not DestinationPhase.REFUSED:  # else taken back by the source
+        unsure = phase is DestinationPhase.STARTING
+        return Whereabouts.UNKNOWN if unsure else Whereabouts.NOWHERE
+    return RUNS_ON_SEEN_THERE[phase]
 
 
 def _notes(i: Incoming) -> tuple[Condition, ...]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from migrd.core.handover import DestinationPhase
+from migrd.core.migration import Mode
 from migrd.core.phases import Phase
 from migrd.engine.service import Whereabouts
 from migrd.engine.views import RUNS_ON_SEEN_THERE, next_step
@@ -154,3 +155,22 @@ async def test_the_host_is_shown_with_its_slots_peers_and_profiles() -> None:
         await pair.start("beta")
         await pair.alpha.service.cancel(migration_id, by="op")
         await pair.until_over(migration_id)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [(Mode.PRECOPY, Whereabouts.SOURCE), (Mode.POSTCOPY, Whereabouts.UNKNOWN)],
+)
+async def test_a_destination_that_refused_a_postcopy_does_not_say_that_the_source_runs_it(
+    mode: Mode, expected: Whereabouts
+) -> None:
+    """It may have left the source, and be lost: only the source knows."""
+    async with running_pair() as pair:
+        busy(pair)
+        migration_id = await pair.ask()
+        await pair.until_phase(migration_id, Phase.PRECOPY)
+        i = pair.beta.engine.migrations.incoming[migration_id]
+        i.want_refusal("somebody said so")
+        await pair.until_over(migration_id)
+        i.state = replace(i.state, mode=mode)
+        assert pair.view(migration_id, on="beta").guest_runs_on is expected
