@@ -190,7 +190,7 @@ class MigrationRequest(MoveRequest):
 
 
 class ResolveRequest(WireModel):
-    """An operator's word on a migration in `needs_operator`; it is written into the journal."""
+    """An operator's word on who has a guest; it is written into the journal."""
 
     model_config = ConfigDict(
         json_schema_extra={

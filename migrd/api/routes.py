@@ -317,7 +317,10 @@ async def change_policy(
     problems=(404, 409),
 )
 async def resolve_migration(call: Call, path: MigrationPath, body: ResolveRequest) -> Reply:
-    """Settle a migration in `needs_operator` by what a person knows, with the evidence for it.
+    """Settle who has the guest, by what a person knows, with the evidence for it.
+
+    At the source: of a migration in `needs_operator`. At the destination: of one that is `loaded`
+    or `owned` and does not go on (`NotGoingOn`), by `use_destination_copy` or `guest_lost`.
 
     Both sides are asked first: a word that one of them proves wrong is refused
     (`destination_lives`, `destination_ran`, `source_runs`, ...). It is written down, with what

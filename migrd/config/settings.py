@@ -381,12 +381,14 @@ class MigrationSettings(_Section):
     receive_idle_s: Seconds = Field(
         default=60.0,
         description="A destination that has received nothing, and heard nothing from the source, "
-        "for so long, in seconds, refuses and cleans up.",
+        "for so long, in seconds, refuses and cleans up. Where postcopy is allowed, only once no "
+        "guest can arrive any more; until then it waits, and says so (condition NotGoingOn).",
     )
     loaded_idle_s: Seconds = Field(
         default=120.0,
         description="A destination that holds a whole guest and has heard nothing from the source "
-        "for so long, in seconds, refuses and cleans up (never in postcopy).",
+        "for so long, in seconds, says so (condition NotGoingOn). It never refuses by time: its "
+        "copy may be the last one, so a person decides (migrd resolve).",
     )
 
     def switchover_deadline_for(self, downtime_limit_s: float) -> float:

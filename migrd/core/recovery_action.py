@@ -68,8 +68,10 @@ class Action:
 
 
 FIND_PROCESS: Final = (
-    "find the process of the VM on this host (ps, its monitor) and restart migrd once its "
-    "directory is there again, or prove that it is gone"
+    "look for the VM's process on this host (ps, its monitor); if it lives, bring its directory "
+    "below runtime_dir back and restart migrd; if it is gone, a reboot of this host proves that; "
+    "of a migration away from here, a person may say so: migrd resolve ID guest_lost --evidence "
+    "'...'"
 )
 FENCE_OR_WAIT: Final = (
     "bring migrd on the destination back; or, when that host is proven off: migrd resolve ID "

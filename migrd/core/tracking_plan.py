@@ -55,7 +55,7 @@ class Domain:
 
 
 class CostCode(StrEnum):
-    """What dirty tracking takes away (H12)."""
+    """What dirty tracking takes away."""
 
     AMD_V1_PAGE_TABLE = "amd_v1_page_table"
     AMD_NO_PASID = "amd_no_pasid"

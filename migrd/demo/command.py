@@ -84,7 +84,7 @@ def demo(
     try:  # needs more than the daemon does: a throw-away CA, numpy
         from migrd.demo.run import Plan, end_kept, run
     except ImportError as exc:
-        raise click.ClickException(f"{exc}: install it with pip install 'migrd[demo]'") from exc
+        raise click.ClickException(f"{exc}: in the checkout, pip install '.[demo]'") from exc
     console = Console(highlight=False)
     if kept is not None:
         try:

@@ -64,7 +64,9 @@ def look_at_kvm(is_wanted: bool, device: Path = Path("/dev/kvm")) -> Finding:
     if not device.exists():
         message = f"{device} is not there: guests can only run under tcg, many times slower"
         return bad(
-            "kvm", message, "enable virtualisation in the firmware; modprobe kvm_intel kvm_amd"
+            "kvm",
+            message,
+            "enable virtualisation in the firmware; modprobe kvm_intel || modprobe kvm_amd",
         )
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)

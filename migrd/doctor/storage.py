@@ -23,6 +23,9 @@ LEAST_FREE_BYTES: Final = 256 << 20
 MAX_COPIED_BYTES: Final = 1 << 30
 _FORGETFUL: Final = frozenset({"tmpfs", "ramfs"})
 _REMOTE: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "fuse.sshfs", "glusterfs"})
+_NO_OLDER: Final = (
+    "put no older copy back: it does not know what was granted since, and a guest could run twice"
+)
 
 
 def checks(settings: Settings) -> list[Check]:
@@ -133,7 +136,11 @@ def look_at_journal(path: Path) -> Finding:
         lock = path.with_name(path.name + ".lock")
         if lock.exists() and lock.stat().st_size:
             message = f"{path} is gone, but {lock.name} says that there was one"
-            return fail("journal", message, "bring it back from a backup")
+            cure = (
+                f"{_NO_OLDER}\nput {path}* back if they were only moved; else find out where each "
+                f"guest of this host runs, move {path}* away, and start anew"
+            )
+            return fail("journal", message, cure)
         return ok("journal", f"{path} will be made at the first start")
     if _is_in_use(path):
         return ok("journal", f"{path} is in use: a daemon runs here")
@@ -148,8 +155,7 @@ def look_at_journal(path: Path) -> Finding:
             replay = asyncio.run(_replay(copy))
         except JournalError as error:
             message = error.message.replace(str(copy), str(path))
-            cure = f"keep all of {path}*, and bring the journal back from a backup"
-            return fail("journal", message, cure)
+            return fail("journal", message, f"keep all of {path}*\n{_NO_OLDER}")
     moves = len(replay.outgoing) + len(replay.incoming)
     return ok("journal", f"{path}: {len(replay.vms)} VMs, {moves} migrations")
 

@@ -225,7 +225,7 @@ class Lifecycle:
         if not entry.here:
             raise Conflict(
                 f"{name} has moved away from this host: a second copy is never started. When it is "
-                "proven gone there, forget it here (DELETE) and define it anew",
+                f"proven gone there: migrd vms forget {name}, and define it anew",
                 code="vm_departed",
             )
         if entry.spec.profile is None:

@@ -42,9 +42,10 @@ _LOG_ROOM_BYTES: Final = 1 << 20
 _LOG_ROOM_FRAME_BYTES: Final = 4096 + 24
 _MAY_BE_TORN: Final = 1
 """Commits: what the end of the writer, in whatever way, can leave half written (journal.wal)."""
-_RESTORE: Final = (
-    "restore the journal of this host from before the damage, or, once you know where each of its"
-    " guests runs, move journal, -wal and .lock away to begin anew"
+_CURE: Final = (
+    "never put an older copy back, for it does not know what was granted since, and a guest could"
+    " run twice; put these very files back if they were only moved; else find out where each guest"
+    " of this host runs, move journal, -wal and .lock away, and start anew"
 )
 _START_LATER: Final = "start the migrd that wrote it, or a later one; nothing was changed"
 
@@ -104,7 +105,7 @@ def _create(path: Path, wal: Path, last: LastOwner) -> None:
     if last.state is not None or wal.exists():
         trace = wal.name if last.pid is None else f"its .lock, by process {last.pid},"
         raise JournalError(
-            f"{path}: the journal that was here is gone ({trace} is still there): {_RESTORE}",
+            f"{path}: the journal that was here is gone ({trace} is still there): {_CURE}",
             code="journal_missing",
         )
     aside = path.with_name(path.name + ".new")
@@ -129,7 +130,7 @@ def _look(path: Path, wal: Path, last: LastOwner, target: int) -> int:
     facts = schema.facts_of(facts_of_wal.page_one or page_one)
     if facts is None or schema.facts_of(page_one) is None:
         raise JournalError(
-            f"{path}: not a database (its first bytes are {page_one[:16]!r}): {_RESTORE}",
+            f"{path}: not a database (its first bytes are {page_one[:16]!r}): {_CURE}",
             code="journal_corrupt",
         )
     if not facts.is_ours:
@@ -150,18 +151,18 @@ def _look_at_log(path: Path, wal: Path, last: LastOwner) -> WalFacts:
     if last.state == "open" and not wal.exists():
         raise JournalError(
             f"{wal}: the log of {path.name} is gone; process {last.pid} did not close the journal,"
-            f" so what it wrote last was in there: put it back, or {_RESTORE}",
+            f" so what it wrote last was in there: {_CURE}",
             code="journal_missing",
         )
     try:
         with journal_error(path):
             facts = read_wal(wal)
     except WalCorrupt as failure:
-        raise JournalError(f"{wal}: {failure}: {_RESTORE}", code="journal_corrupt") from None
+        raise JournalError(f"{wal}: {failure}: {_CURE}", code="journal_corrupt") from None
     if facts.lost_commits > _MAY_BE_TORN:
         raise JournalError(
             f"{wal}: damaged after commit {facts.commits}; {facts.lost_commits} later ones, which"
-            f" may say where a guest runs, cannot be read: {_RESTORE}",
+            f" may say where a guest runs, cannot be read: {_CURE}",
             code="journal_corrupt",
         )
     if facts.lost_commits:
@@ -183,7 +184,7 @@ def _check_pages(path: Path) -> None:
             newer = [] if found != ["ok"] else _newer_records(connection)
     if found != ["ok"]:
         raise JournalError(
-            f"{path}: damaged ({'; '.join(found[:4])}): {_RESTORE}", code="journal_corrupt"
+            f"{path}: damaged ({'; '.join(found[:4])}): {_CURE}", code="journal_corrupt"
         )
     if newer:
         raise JournalError(

@@ -115,7 +115,9 @@ def _read(of: Codec[T], path: Path, where: str, columns: Sequence[object]) -> T:
 
 def _not_understood(path: Path, where: str, why: str) -> JournalError:
     return JournalError(
-        f"{path}: table {where}: {why}. Start the migrd that wrote it, or restore the journal from"
-        " before it was altered; do not delete the row: it may say where a guest runs",
+        f"{path}: table {where}: {why}. Start the migrd that wrote it. Where that one refuses it,"
+        " too: do not delete the row, which may say where a guest runs, and put no older journal"
+        " back, which does not know what was granted since; find out where each guest of this host"
+        " runs, move journal, -wal and .lock away, and start anew",
         code="journal_not_understood",
     )

@@ -240,11 +240,13 @@ async def test_a_damaged_and_a_missing_journal_are_told_and_left_alone(
     finding = await asyncio.to_thread(storage.look_at_journal, path)
     assert finding.status is Status.FAIL
     assert "/migrd-doctor-" not in finding.message, "the copy is nobody's business"
+    assert "no older copy" in finding.cure
     assert tree(short_tmp_path) == before
     path.unlink()
     finding = await asyncio.to_thread(storage.look_at_journal, path)
     assert finding.status is Status.FAIL
     assert "is gone" in finding.message
+    assert "no older copy" in finding.cure
 
 
 # Kernel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from migrd.core.facts import Feature, SpecDevice, VmSpec
 from migrd.core.vfio_launch import GivenBy, QemuVfioFeature, VfioLaunch, VfioLaunchDevice
@@ -102,8 +102,10 @@ class FakeHost:
 class FakeLauncher:
     """Fulfils `engine.ports.Launcher`, for one daemon's life."""
 
-    def __init__(self, host: FakeHost) -> None:
+    def __init__(self, host: FakeHost, is_gone: Callable[[], bool] = lambda: False) -> None:
         self.host = host
+        self._is_gone = is_gone
+        """Its daemon is: it starts no process any more, and those that it has started go on."""
         self._handles: dict[str, FakeVmm] = {}
 
     def close(self) -> None:
@@ -183,6 +185,8 @@ class FakeLauncher:
         await asyncio.sleep(LAUNCH_S / 2)
         if self.host.launch_fails is not None:
             raise VmmDied(f"QEMU of {spec.name} did not start: {self.host.launch_fails}")
+        if self._is_gone():
+            raise VmmDied("killed before it started a process")
         qemu = self.host.add(spec, instance, incoming=incoming, devices=given)
         self.host.noted[instance] = given or VfioLaunch()
         await asyncio.sleep(LAUNCH_S / 2)

@@ -90,7 +90,7 @@ class Daemon:
         self._pair = pair
         self._stop = asyncio.Event()
         self._ready = asyncio.Event()
-        self.launcher = FakeLauncher(pair.hosts[name])
+        self.launcher = FakeLauncher(pair.hosts[name], lambda: self.gate.is_dead)
         self.passthrough = SimPassthrough(pair.hardware[name])
         self.journal = FakeJournal(pair.disks[name], commit_s=COMMIT_S)
         self.options = replace(pair.options[name], host=name)
@@ -241,7 +241,7 @@ class Pair:
             self.check_truth()
 
     async def _end_world(self) -> None:
-        for restore in self._restorers:
+        for restore in reversed(self._restorers):
             restore()
         await self.road.close()
         tasks = [t.task for t in self.ground.wire.transfers if t.task is not None]

@@ -132,6 +132,7 @@ async def test_a_journal_restored_without_its_log_is_refused(tmp_path: Path) -> 
     refused = await _refusal(path)
     assert refused.code == "journal_missing"
     assert "-wal" in refused.message
+    assert "never put an older copy back" in refused.message
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database at all", b"SQLite format 3\0"])

@@ -32,6 +32,7 @@ async def _refusal(path: Path) -> str:
     message = refused.value.message
     assert str(path) in message
     assert "Start the migrd that wrote it" in message
+    assert "no older journal" in message
     return message
 
 
