@@ -2,6 +2,7 @@
 
     recorder     Metrics: the calls that the rest of the daemon makes
     migrations   outcomes, phases, blackouts, rounds; gauges of migrations going on
+    readiness    what /readyz would answer
     vms          dirty rates and verdicts of VMs
     devices      IOMMUs and the devices behind them
     daemon       event loop, journal, QMP, peers, process

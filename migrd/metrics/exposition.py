@@ -29,10 +29,11 @@ from typing import Final, Protocol
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from migrd.core.devices import Inventory
-from migrd.engine.service import MigrationView, VmView
+from migrd.engine.service import Check, MigrationView, VmView
 from migrd.engine.threads import in_thread
 from migrd.metrics.devices import device_families
 from migrd.metrics.migrations import migration_families
+from migrd.metrics.readiness import readiness_families
 from migrd.metrics.recorder import Metrics
 from migrd.metrics.render import Renderer, Rows
 from migrd.metrics.sampling import Sampled, sampling_families
@@ -61,11 +62,13 @@ class Snapshot:
 
 
 class Views(Protocol):
-    """What is read of the engine's Service; both calls return what is ready."""
+    """What is read of the engine's Service; each call returns what is ready."""
 
     def vms(self) -> tuple[int, Sequence[VmView]]: ...
 
     def migrations(self) -> tuple[int, Sequence[MigrationView]]: ...
+
+    def readiness(self) -> Sequence[Check]: ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class _Frozen:
 
     vms: Sequence[VmView]
     migrations: Sequence[MigrationView]
+    checks: Sequence[Check]
     transferred: Rows
     dirty_pages: Rows
     sampled: Sampled
@@ -145,6 +149,7 @@ class Exposition:
         return _Frozen(
             vms=vms,
             migrations=migrations,
+            checks=self._views.readiness(),
             transferred=self._metrics.migrations.freeze(tracked),
             dirty_pages=self._metrics.vms.freeze(tracked),
             sampled=self._metrics.sampling.freeze(tracked),
@@ -160,6 +165,7 @@ class Exposition:
                     frozen.vms, frozen.migrations, frozen.dirty_pages, frozen.sampled.rates
                 ),
                 *sampling_families(frozen.sampled),
+                *readiness_families(frozen.checks),
                 *device_families(frozen.inventory),
             )
         )

@@ -23,6 +23,14 @@ ROLES: Final = tuple(role.value for role in Role)
 PHASES: Final = tuple(dict.fromkeys(str(p) for p in (*Phase, *DestinationPhase)))
 OUTCOMES: Final = tuple(sorted({str(p) for p in (*TERMINAL, *DESTINATION_TERMINAL)}))
 CHANNELS: Final = ("ram", "multifd", "device", "postcopy")
+CONDITIONS_OF_SOURCE: Final = (
+    "ArbiterUnreachable", "CancelRequested", "DestinationUnclear", "DestinationUnreachable",
+    "GuestStopped", "JournalFailing", "LinkStalled", "OwnedElsewhere", "OwnershipViolation",
+    "PostcopyFailed", "PostcopyPaused", "SourceNotEnding", "SourceUnclear", "StepFailing",
+)  # fmt: skip
+CONDITIONS_OF_DESTINATION: Final = ("ArbiterUnreachable", "NotGoingOn", "Refused")
+CONDITIONS: Final = tuple(sorted({*CONDITIONS_OF_SOURCE, *CONDITIONS_OF_DESTINATION}))
+"""What a migration can show; the words are the API's (README, Alarms)."""
 TRACKERS: Final = ("qemu", "iommu", "device", "pagemap")
 """Who saw the writes: QEMU's own RAM bitmap; later IOMMU, device and PAGEMAP_SCAN."""
 
@@ -39,6 +47,12 @@ ACTIVE = Family(
     "gauge",
     "Migrations going on, by this host's side of them and phase.",
     ("role", "phase"),
+)
+CONDITION = Family(
+    "migrd_migration_condition",
+    "gauge",
+    "Migrations going on that show this condition, by this host's side of them.",
+    ("role", "condition"),
 )
 REMAINING = Family(
     "migrd_migration_remaining_bytes", "gauge", "Bytes still to send of this VM.", ("vm",)
@@ -167,6 +181,7 @@ def migration_families(
             predicted[(view.vm,)] = view.estimate.predicted_blackout_s
     return (
         (ACTIVE, _active_by_phase(active)),
+        (CONDITION, _active_by_condition(active)),
         (REMAINING, remaining),
         (PREDICTED_BLACKOUT, predicted),
         (TRANSFERRED, transferred),
@@ -181,3 +196,17 @@ def _active_by_phase(active: Iterable[MigrationView]) -> Mapping[LabelValues, fl
         (Role.DESTINATION.value, str(p)) for p in DestinationPhase if p not in DESTINATION_TERMINAL
     ]
     return {key: tally.get(key, 0) for key in (*on_source, *on_destination)}
+
+
+def _active_by_condition(active: Iterable[MigrationView]) -> Mapping[LabelValues, float]:
+    """As with phases. A migration counts once for each condition, and once for all `other` ones."""
+    bounded = OneOf(CONDITIONS)
+    tally: Tally[LabelValues] = Tally()
+    for view in active:
+        shown = {bounded(one.type) for one in view.conditions if one.status == "True"}
+        tally.update((view.role.value, condition) for condition in shown)
+    expected = [
+        *((Role.SOURCE.value, condition) for condition in CONDITIONS_OF_SOURCE),
+        *((Role.DESTINATION.value, condition) for condition in CONDITIONS_OF_DESTINATION),
+    ]
+    return {key: tally[key] for key in (*expected, *sorted(tally.keys() - set(expected)))}

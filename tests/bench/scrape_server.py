@@ -15,7 +15,7 @@ from migrd.api.server import serving
 from migrd.api.table import Scrape
 from migrd.config import LogSettings
 from migrd.core.facts import REQUIRED_FEATURES, QemuStatus, RunState, VmFacts, VmSpec
-from migrd.engine.service import MigrationView, VmView
+from migrd.engine.service import Check, MigrationView, VmView
 from migrd.log import configure
 from migrd.metrics.exposition import Exposition
 from migrd.metrics.recorder import Metrics
@@ -34,6 +34,9 @@ class ManyVms:
 
     def migrations(self) -> tuple[int, Sequence[MigrationView]]:
         return self._version, ()
+
+    def readiness(self) -> Sequence[Check]:
+        return ()
 
 
 def _view(name: str) -> VmView:

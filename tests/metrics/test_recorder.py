@@ -15,10 +15,11 @@ from migrd.core.rate_reading import Tracker
 from migrd.core.standing import StandingDecision
 from migrd.core.tracking import Migratability, Plan, TrackingPolicy
 from migrd.engine.rate_views import RateSeen
-from migrd.engine.service import Role, VmView
+from migrd.engine.service import Check, Role, VmView
 from migrd.engine.world import Observer
 from migrd.metrics import Exposition, Metrics
 from migrd.metrics.daemon import QMP_COMMANDS
+from migrd.metrics.migrations import CONDITIONS
 from tests.fakes.inventory import mixed_host
 from tests.metrics.views import Host, migration_view, vm_facts, vm_view
 
@@ -35,6 +36,7 @@ NAMES = {
     "migrd_iommu_dirty_tracking",
     "migrd_journal_commit_seconds",
     "migrd_migration_blackout_seconds",
+    "migrd_migration_condition",
     "migrd_migration_phase_duration_seconds",
     "migrd_migration_predicted_blackout_seconds",
     "migrd_migration_remaining_bytes",
@@ -44,6 +46,7 @@ NAMES = {
     "migrd_ownership_violations",
     "migrd_peer_up",
     "migrd_qmp_call_seconds",
+    "migrd_ready",
     "migrd_tracking_decisions",
     "migrd_vm_dirty_bytes_per_second",
     "migrd_vm_dirty_pages",
@@ -154,6 +157,66 @@ async def test_every_phase_a_migration_can_be_in_has_a_series_even_at_zero() -> 
     assert {"pending", "granted", "needs_operator"} <= source
     assert "succeeded" not in source
     assert set(seen["migrd_migrations_active"].values()) == {0}
+
+
+async def shown(host: Host) -> set[tuple[str, str, float]]:
+    """(role, condition, count) of what is not at zero."""
+    seen = (await exposed(Metrics(), host))["migrd_migration_condition"]
+    labelled = [(dict(key), count) for key, count in seen.items()]
+    return {(key["role"], key["condition"], count) for key, count in labelled if count}
+
+
+async def test_a_condition_of_either_side_is_counted_while_it_stands_and_gone_when_it_is_over() -> (
+    None
+):
+    there = Role.DESTINATION
+    host = Host(moving=[migration_view("web"), migration_view("db", role=there, phase="loaded")])
+    assert await shown(host) == set()
+    host.moving = [
+        migration_view("web", conditions=["LinkStalled", "CancelRequested"]),
+        migration_view("mail", conditions=["LinkStalled"]),
+        migration_view("db", role=there, phase="loaded", conditions=["NotGoingOn"]),
+    ]
+    assert await shown(host) == {
+        ("source", "LinkStalled", 2),
+        ("source", "CancelRequested", 1),
+        ("destination", "NotGoingOn", 1),
+    }
+    host.moving = [migration_view("web"), migration_view("db", role=there, phase="owned")]
+    assert await shown(host) == set()
+
+
+async def test_the_conditions_of_a_migration_that_has_ended_are_not_counted() -> None:
+    ended = migration_view(phase="succeeded", is_terminal=True, conditions=["SourceNotEnding"])
+    assert await shown(Host(moving=[ended])) == set()
+
+
+async def test_a_condition_that_is_said_not_to_hold_is_not_counted() -> None:
+    view = migration_view(conditions=["LinkStalled"])
+    over = replace(view, conditions=(replace(view.conditions[0], status="False"),))
+    assert await shown(Host(moving=[over])) == set()
+
+
+async def test_conditions_that_the_metrics_do_not_know_are_one_other_of_a_migration() -> None:
+    odd = migration_view(conditions=[f"Odd{n}" for n in range(100)])
+    assert await shown(Host(moving=[odd])) == {("source", "other", 1)}
+
+
+async def test_every_condition_a_side_can_show_has_a_series_even_at_zero() -> None:
+    seen = (await exposed(Metrics(), Host()))["migrd_migration_condition"]
+    known = {(dict(key)["role"], dict(key)["condition"]) for key in seen}
+    assert {("source", "PostcopyPaused"), ("destination", "NotGoingOn")} <= known
+    assert ("destination", "PostcopyPaused") not in known
+    assert {condition for _, condition in known} == set(CONDITIONS)
+    assert set(seen.values()) == {0}
+
+
+async def test_each_check_of_readyz_is_a_series_that_is_1_while_it_holds() -> None:
+    host = Host(checks=[Check("recovered", True, ""), Check("journal", False, "disk full")])
+    ready = (await exposed(Metrics(), host))["migrd_ready"]
+    assert ready == {(("check", "recovered"),): 1, (("check", "journal"),): 0}
+    host.checks[1] = Check("journal", True, "writable")
+    assert set((await exposed(Metrics(), host))["migrd_ready"].values()) == {1}
 
 
 async def test_a_vm_that_is_no_longer_tracked_takes_its_series_with_it() -> None:

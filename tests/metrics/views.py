@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from migrd.core.convergence import Estimate
 from migrd.core.facts import REQUIRED_FEATURES, QemuStatus, RunState, VmFacts, VmSpec
 from migrd.core.migration import Mode
-from migrd.engine.service import MigrationView, Progress, Role, VmView, Whereabouts
+from migrd.engine.service import (
+    Check,
+    Condition,
+    MigrationView,
+    Progress,
+    Role,
+    VmView,
+    Whereabouts,
+)
 
 
 def vm_facts(vm: str = "web", **changes: object) -> VmFacts:
@@ -46,6 +54,7 @@ def migration_view(
     remaining_bytes: int | None = 4096,
     dirty_bytes_per_s: float | None = 8192.0,
     predicted_blackout_s: float | None = 0.25,
+    conditions: Sequence[str] = (),
 ) -> MigrationView:
     return MigrationView(
         id=f"id-{vm}",
@@ -65,6 +74,9 @@ def migration_view(
         policy=None,
         progress=Progress(remaining_bytes=remaining_bytes, dirty_bytes_per_s=dirty_bytes_per_s),
         estimate=Estimate(predicted_blackout_s, None, None, None, None),
+        conditions=tuple(
+            Condition(type_, "True", type_, "as planted", 0.0) for type_ in conditions
+        ),
     )
 
 
@@ -75,9 +87,15 @@ class Host:
     version: int = 1
     known: list[VmView] = field(default_factory=list)
     moving: list[MigrationView] = field(default_factory=list)
+    checks: list[Check] = field(
+        default_factory=lambda: [Check("recovered", True, ""), Check("journal", True, "")]
+    )
 
     def vms(self) -> tuple[int, Sequence[VmView]]:
         return self.version, tuple(self.known)
 
     def migrations(self) -> tuple[int, Sequence[MigrationView]]:
         return self.version, tuple(self.moving)
+
+    def readiness(self) -> Sequence[Check]:
+        return tuple(self.checks)
