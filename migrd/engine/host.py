@@ -39,7 +39,6 @@ class HostFacts:
             for name, url in world.options.peers.items()
         }
         self.recovered = False
-        self.journal_error: str | None = None
 
     def view(self, migrations: Migrations) -> HostView:
         """A snapshot."""
@@ -73,14 +72,16 @@ class HostFacts:
     def readiness(self, migrations: Migrations) -> Sequence[Check]:
         """Can this daemon do its work? Peers being down is shown, and is not our unreadiness."""
         stuck = [
-            m.id
-            for m in migrations.outgoing.values()
-            if "JournalFailing" in m.troubles and not m.state.is_terminal
+            *(
+                m.id
+                for m in migrations.outgoing.values()
+                if "JournalFailing" in m.troubles and not m.state.is_terminal
+            ),
+            *(i.id for i in migrations.incoming.values() if i.journal_trouble and not i.is_over),
         ]
-        journal_ok = self.journal_error is None and not stuck
         checks = (
             Check("recovered", self.recovered, "journal replayed" if self.recovered else "not yet"),
-            Check("journal", journal_ok, self.journal_error or "; ".join(stuck) or "writable"),
+            Check("journal", not stuck, "; ".join(stuck) or "writable"),
         )
         arbiter = self._world.arbiter
         return (*checks, _arbiter_check(arbiter.state)) if arbiter.is_present else checks

@@ -22,6 +22,7 @@ from migrd.core.migration import Mode
 from migrd.engine.operator_words import OperatorWords
 from migrd.engine.ports import DestinationView, Peer, StoredIncoming, StoredVm, Vmm
 from migrd.engine.world import World
+from migrd.errors import JournalError
 from migrd.failpoints import reached
 
 log = structlog.get_logger(__name__)
@@ -55,6 +56,8 @@ class IncomingRecord:
         self.words = OperatorWords()
         self.arbiter_trouble: tuple[str, float] | None = None
         """(what, since wall_s) while the arbiter does not answer, and is asked."""
+        self.journal_trouble: tuple[str, float] | None = None
+        """(what, since wall_s) while an event cannot be written."""
         self.on_running: Callable[[IncomingRecord], None] = lambda _: None
         self.launch: Callable[[StoredIncoming], Awaitable[Vmm]] = self._launch_plainly
         """Launches the waiting QEMU. Raises MigrdError."""
@@ -112,6 +115,13 @@ class IncomingRecord:
             now = self.world.clock.wall_s()
             self.arbiter_trouble = None if trouble is None else (trouble, now)
             self.log.warning("the arbiter", answers=trouble is None, cause=trouble)
+            self.changed("migration.changed")
+
+    def _note_journal(self, trouble: str | None) -> None:
+        """Said once, and once when it is over."""
+        if (trouble is None) is not (self.journal_trouble is None):
+            now = self.world.clock.wall_s()
+            self.journal_trouble = None if trouble is None else (trouble, now)
             self.changed("migration.changed")
 
     def say_why_not(self, why: str) -> None:
@@ -176,7 +186,12 @@ class IncomingRecord:
         every = [*self._unsaved, *events]
         for event in every:
             reached(f"destination.{event.trigger.value}.deciding")
-        await self.world.journal.append_incoming(self.id, every, self._vm_after(after))
+        try:
+            await self.world.journal.append_incoming(self.id, every, self._vm_after(after))
+        except JournalError as exc:
+            self._note_journal(exc.message)
+            raise
+        self._note_journal(None)
         self._unsaved = []
         for event in every:
             reached(f"destination.{event.trigger.value}.journalled")

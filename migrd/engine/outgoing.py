@@ -293,6 +293,7 @@ class Outgoing(OutgoingRecord):
         if new.phase is old.phase:
             self.changed("migration.changed")
             return
+        self.settle("StepFailing")  # that step is over
         lasted_s = new.timeline[-1].monotonic_s - old.timeline[-1].monotonic_s
         self.world.observer.phase_changed("source", old.phase, new.phase, lasted_s)
         said = {} if new.cause is None else {"cause": new.cause.code, "message": new.cause.message}

@@ -195,6 +195,7 @@ class OutgoingRecord:
             except JournalError as exc:
                 self.trouble("JournalFailing", exc.message)
                 return
+            self.settle("JournalFailing")
 
     # Telling others ---------------------------------------------------------------------------
 

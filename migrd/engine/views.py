@@ -279,9 +279,10 @@ def _notes(i: Incoming) -> tuple[Condition, ...]:
     if said is not None:
         type_ = "Refused" if i.state.reason else "NotGoingOn"
         standing.append(Condition(type_, "True", _snake(type_), said, i.entered[-1][1]))
-    if i.arbiter_trouble is not None and not i.is_over:
-        message, since = i.arbiter_trouble
-        standing.append(Condition(UNREACHABLE, "True", _snake(UNREACHABLE), message, since))
+    troubles = ((UNREACHABLE, i.arbiter_trouble), ("JournalFailing", i.journal_trouble))
+    for type_, trouble in troubles:
+        if trouble is not None and not i.is_over:
+            standing.append(Condition(type_, "True", _snake(type_), *trouble))
     return tuple(standing)
 
 

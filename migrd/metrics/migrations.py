@@ -28,7 +28,7 @@ CONDITIONS_OF_SOURCE: Final = (
     "GuestStopped", "JournalFailing", "LinkStalled", "OwnedElsewhere", "OwnershipViolation",
     "PostcopyFailed", "PostcopyPaused", "SourceNotEnding", "SourceUnclear", "StepFailing",
 )  # fmt: skip
-CONDITIONS_OF_DESTINATION: Final = ("ArbiterUnreachable", "NotGoingOn", "Refused")
+CONDITIONS_OF_DESTINATION: Final = ("ArbiterUnreachable", "JournalFailing", "NotGoingOn", "Refused")
 CONDITIONS: Final = tuple(sorted({*CONDITIONS_OF_SOURCE, *CONDITIONS_OF_DESTINATION}))
 """What a migration can show; the words are the API's (README, Alarms)."""
 TRACKERS: Final = ("qemu", "iommu", "device", "pagemap")

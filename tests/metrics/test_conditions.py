@@ -53,3 +53,22 @@ def test_a_destination_whose_source_is_silent_is_scraped_until_its_source_is_bac
             await pair.until_over(migration_id)
 
     in_virtual_time(story())
+
+
+def test_a_destination_whose_disk_is_full_is_scraped_and_not_ready_until_there_is_room() -> None:
+    async def story() -> None:
+        async with running_pair() as pair:
+            pair.ground.load.device_s = 0.05
+            migration_id = await pair.ask()
+            await pair.until_phase(migration_id, Phase.SWITCHOVER)
+            pair.beta.journal.is_full = True
+            await until(lambda: scraped(pair.beta) == {("destination", "JournalFailing"): 1})
+            checks = {check.name: check for check in pair.beta.service.readiness()}
+            assert not checks["journal"].ok
+            assert migration_id in checks["journal"].message
+            pair.beta.journal.is_full = False
+            await until(lambda: scraped(pair.beta) == {})
+            assert all(check.ok for check in pair.beta.service.readiness())
+            await pair.until_over(migration_id)
+
+    in_virtual_time(story())

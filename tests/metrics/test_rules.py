@@ -241,7 +241,7 @@ def _firing(promtool: Path, tmp_path: Path, case: Case) -> frozenset[str]:
 def conditions() -> set[str]:
     """Every condition that a migration can show, found in the engine's code."""
     text = "".join(path.read_text() for path in ENGINE.glob("*.py"))
-    named = re.findall(r"(?:trouble|_hold|Condition)\(\s*\"([A-Z]\w+)\"", text)
+    named = re.findall(r"(?:trouble|hold_for|Condition)\(\s*\"([A-Z]\w+)\"", text)
     held = re.findall(r"^(?:CONDITION|UNREACHABLE|ELSEWHERE)(?:: Final)? = \"(\w+)\"", text, re.M)
     return {*named, *held, "Refused", "NotGoingOn"}
 
