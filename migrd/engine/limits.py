@@ -1,7 +1,7 @@
 """What QEMU is told of bandwidth and downtime while it copies a running guest.
 
     ask                the policy as it is now, or the hold: limits without room for a single page
-    hold_for, let_go   for one of several conditions each; nothing is lifted while one of them stands
+    hold_for, let_go   for one of several conditions each; none is lifted while one of them stands
     hasten             our figures say that what is left fits, and QEMU has not begun by itself
 
 What was not taken is owed, and said again at the next look. Requests may overlap (a condition
