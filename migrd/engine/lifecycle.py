@@ -17,7 +17,7 @@ from migrd.engine.decisions import bare, check_devices
 from migrd.engine.device_start import DeviceStart
 from migrd.engine.hot_plug import HotPlug
 from migrd.engine.migrations import Migrations
-from migrd.engine.ownership import claim_to_start
+from migrd.engine.ownership import claim_to_start, put
 from migrd.engine.ports import Vmm
 from migrd.engine.service import PlugRequest, VmView
 from migrd.engine.threads import in_thread
@@ -128,8 +128,10 @@ class Lifecycle:
             record = await arbiter.read(entry.spec.name)
             if record is None:
                 return
-            is_named = record.owner == self._world.options.host
-            if known.proves(record) or (is_named and known.disproves(record) is None):
+            right = known.disproves(record)
+            if right is not None:
+                await put(arbiter, record, right)
+            elif known.proves(record) or record.owner == self._world.options.host:
                 await arbiter.forget(record)
         except ArbiterError as exc:
             raise Unavailable(

@@ -26,8 +26,8 @@ on it; there are as many as it had writes under way."""
 
 Proof = Callable[[Ownership], bool]
 """Does this host's journal prove that the guest is this host's, whatever that record says?"""
-Disproof = Callable[[Ownership], str | None]
-"""The host that has the guest, where this host's journal proves that it is not this host's,
+Disproof = Callable[[Ownership], Ownership | None]
+"""What the record should say, where this host's journal proves that the guest is not this host's,
 whatever that record says; None: it proves nothing of the kind."""
 
 
@@ -123,9 +123,10 @@ async def claim_to_start(
     try:
         if found is None:
             return await arbiter.claim(vm, host, epoch, None)
-        there = disproves(found)
-        if there is not None:
-            raise behind(found, there)
+        right = disproves(found)
+        if right is not None:
+            await put(arbiter, found, right)
+            raise elsewhere(vm, right)
         if not (proves(found) or found.owner == host):
             raise elsewhere(vm, found)
         # written also when it says so already: the new revision rules out a late write, such as a
@@ -135,15 +136,15 @@ async def claim_to_start(
         raise overtaken(vm, await arbiter.read(vm), host) from None
 
 
-def behind(found: Ownership, there: str) -> Conflict:
-    """The record names this host, and its journal knows better."""
-    return Conflict(
-        f"the arbiter's record of {found.vm} (epoch {found.epoch}) names this host and is behind "
-        f"the truth: by this host's journal the guest is {there}'s; ask migrd on {there} for it, "
-        "which puts the record right with its next start or migration. When that host is gone for "
-        "good, prove it (power it off), and remove the record: etcdctl del PREFIX/vms/"
-        f"{found.vm} ([arbiter] prefix)",
-        code="owned_elsewhere",
+async def put(arbiter: Arbiter, found: Ownership, right: Ownership) -> Ownership:
+    """Write what a record should say over what it says. Raises ArbiterError."""
+    return await arbiter.assign(
+        found,
+        right.owner,
+        epoch=right.epoch,
+        started=right.started,
+        run_guest=right.run_guest,
+        migration_id=right.migration_id,
     )
 
 

@@ -2,10 +2,12 @@
 
 A record may be behind the truth: a durable refusal, a guest that left by postcopy, and everything
 that happened while there was no arbiter. What is proven here is written over it; what is disproven
-here is never started on its word.
+here is never started on its word, and put right when somebody asks for it here: else each host
+would send a person to the other one.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from migrd.core.handover import DestinationPhase
 from migrd.engine.arbiter_port import Ownership
@@ -56,15 +58,16 @@ class Proofs:
             for i in self._incoming.values()
         )
 
-    def disproves(self, record: Ownership) -> str | None:
-        """The host that has the guest, where a record that names this host is behind the truth: it
-        was refused here, or has left (by postcopy, or while there was no arbiter) and not come
-        back."""
+    def disproves(self, record: Ownership) -> Ownership | None:
+        """What a record that names this host should say, where it is behind the truth: the guest
+        was refused here, or has left (by postcopy, or while there was no arbiter, or the write came
+        late) and not come back."""
         if record.owner != self._host:
             return None
         i = self._incoming.get(record.migration_id or "")
         if i is not None and i.state.epoch == record.epoch:
-            return i.stored.source if i.state.phase is DestinationPhase.REFUSED else None
+            is_refused = i.state.phase is DestinationPhase.REFUSED
+            return _of(record, i.stored.source, i.state.epoch, i.id) if is_refused else None
         gone = [m for m in self._outgoing.values() if m.stored.request.vm == record.vm]
         gone = [m for m in gone if m.has_left and _is_of_or_before(record, m)]
         if not gone:
@@ -74,7 +77,12 @@ class Proofs:
             is_newer = came.stored.spec.name == record.vm and came.state.epoch > last.state.epoch
             if is_newer and came.state.phase is DestinationPhase.RUNNING:
                 return None
-        return last.stored.request.destination
+        return _of(record, last.stored.request.destination, last.state.epoch, last.id)
+
+
+def _of(record: Ownership, owner: str, epoch: int, migration_id: str) -> Ownership:
+    epoch = max(epoch, record.epoch)
+    return replace(record, owner=owner, epoch=epoch, started=True, migration_id=migration_id)
 
 
 def _is_of_or_before(record: Ownership, m: Outgoing) -> bool:

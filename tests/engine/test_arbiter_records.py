@@ -293,6 +293,32 @@ async def test_a_record_from_before_a_time_without_an_arbiter_does_not_strand_th
         assert view.phase == Phase.SUCCEEDED, view.refusals
 
 
+@pytest.mark.parametrize("asks", ["start", "forget"])
+async def test_two_hosts_do_not_send_a_person_to_each_other_for_ever(asks: str) -> None:
+    """The record is alpha's, from before a time without an arbiter; the guest has ended on beta."""
+    async with arbitrated() as (pair, store):
+        pair.arbiter = None
+        await pair.restart("alpha")
+        await pair.restart("beta")
+        assert (await pair.migrate()).phase == Phase.SUCCEEDED
+        await _stopped(pair, "beta")
+        pair.arbiter = store
+        await pair.restart("alpha")
+        await pair.restart("beta")
+        with pytest.raises(Conflict, match="ask migrd on alpha"):
+            await pair.beta.service.start_vm(VM)
+        await pair.alpha.service.forget_vm(VM)
+        await pair.alpha.service.define_vm(pair.beta.service.vm(VM).spec, dry_run=False)
+        if asks == "start":
+            with pytest.raises(Conflict, match="ask migrd on beta"):
+                await pair.alpha.service.start_vm(VM)
+        else:
+            await pair.alpha.service.forget_vm(VM)
+        assert says(store, "beta"), "alpha's journal knows whose it is"
+        await pair.beta.service.start_vm(VM)
+        assert pair.running_on() == "beta"
+
+
 async def test_a_vm_made_anew_is_no_proof_against_the_record_of_one_that_runs() -> None:
     """It came to beta without an arbiter, ended there, and was made anew on alpha."""
     async with arbitrated() as (pair, store):

@@ -26,6 +26,12 @@ def test_nothing_that_people_do_runs_a_guest_twice_or_strands_it(part: int) -> N
         assert deed in done, "the deeds have an effect"
 
 
+@pytest.mark.parametrize("seed", [121_390, 123_228])
+def test_a_claim_that_comes_late_does_not_send_a_person_round_in_circles(seed: int) -> None:
+    """Found by these seeds: each host named the other one as the guest's."""
+    assert play(seed)
+
+
 def test_a_removal_that_crosses_a_start_does_not_run_it_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
