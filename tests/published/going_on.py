@@ -17,6 +17,7 @@ from migrd.core.migration import Cause, MigrationEvent, Policy, WhenNotConvergin
 from migrd.core.phases import Instruction, Phase, Trigger
 from migrd.engine import granting, migrations, outgoing, precopy, recover_postcopy, switchover
 from migrd.engine.absent import AbsentVmm
+from migrd.engine.limits import Limits
 from migrd.engine.outgoing import Outgoing
 from migrd.engine.prepare import prepare_destination
 from migrd.errors import PeerTimedOut, PeerUnreachable, VmmUnreachable
@@ -236,10 +237,10 @@ async def a_network_cut_of_five_seconds_is_waited_out(pair: Pair) -> None:
 
 
 def who_is_not_heard_is_started_anew(patch: pytest.MonkeyPatch) -> None:
-    async def health_check(self: precopy.Steering, condition: str, why: str) -> None:
+    async def health_check(self: Limits, condition: str, why: str) -> None:
         await self._m.vmm.quit()
 
-    patch.setattr(precopy.Steering, "_hold", health_check)
+    patch.setattr(Limits, "hold_for", health_check)
 
 
 # Postcopy -----------------------------------------------------------------------------------------
