@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Final
 
 from migrd.core.facts import VmSpec
-from migrd.core.phases import Phase
 from migrd.core.standing import StandingDecision
 from migrd.engine import views
 from migrd.engine.boot import new_instance
@@ -141,7 +140,7 @@ class Lifecycle:
     async def start(self, name: str) -> VmView:
         entry = self._vms.require(name)
         if entry.vmm is not None and not entry.vmm.is_dead:
-            self._check_not_given_up(entry, entry.vmm)
+            self._migrations.check_not_given_up(entry.vmm)
             return self.view(entry)
         self._check_startable(entry)
         await self._decisions.check_free(entry.spec)
@@ -234,18 +233,6 @@ class Lifecycle:
             raise Conflict(f"{name} was not launched by migrd", code="vm_adopted")
         if entry.starting:
             raise Conflict(f"{name} is being started", code="already_starting")
-
-    def _check_not_given_up(self, entry: Entry, vmm: Vmm) -> None:
-        """A living QEMU is no running guest, where a person has said that it runs nowhere."""
-        for m in self._migrations.outgoing.values():
-            if m.vmm.instance == vmm.instance and m.state.phase is Phase.GUEST_LOST:
-                name = entry.spec.name
-                end = f"migrd stop {name}" if entry.managed else "where it was started"
-                raise Conflict(
-                    f"{name} was given up by migration {m.id} (guest_lost), and its stopped QEMU "
-                    f"(pid {vmm.pid}) still stands here: end that first ({end})",
-                    code="given_up",
-                )
 
     def _check_settled(self, entry: Entry) -> None:
         """No migration, on either side, has a say in what this VM is."""

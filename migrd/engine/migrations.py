@@ -39,7 +39,7 @@ from migrd.engine.switchover import (
 )
 from migrd.engine.vms import Entry, VmTable
 from migrd.engine.world import World
-from migrd.errors import MigrdError, NotFound
+from migrd.errors import Conflict, MigrdError, NotFound
 
 log = structlog.get_logger(__name__)
 
@@ -96,6 +96,18 @@ class Migrations:
             if i.stored.spec.name == vm and not i.is_over:
                 return i
         return None
+
+    def check_not_given_up(self, vmm: Vmm) -> None:
+        """A living QEMU is no guest, where a person has said that it runs nowhere. Raises Conflict
+        (`given_up`)."""
+        m = self.proofs.given_up(vmm)
+        if m is not None:
+            raise Conflict(
+                f"{vmm.vm} was given up by migration {m.id} (guest_lost), and its stopped QEMU "
+                f"(pid {vmm.pid}) still stands here: end that first (migrd stop {vmm.vm}, or where "
+                "it was started)",
+                code="given_up",
+            )
 
     @property
     def pending(self) -> list[Outgoing]:

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from migrd.core.handover import DestinationPhase
+from migrd.core.phases import Phase
 from migrd.engine.arbiter_port import Ownership
 from migrd.engine.incoming import Incoming
 from migrd.engine.outgoing import Outgoing
+from migrd.engine.ports import Vmm
 from migrd.engine.vms import VmTable
 
 
@@ -50,6 +52,8 @@ class Proofs:
         entry = self._vms.get(record.vm)
         if entry is None or not entry.here or entry.vmm is None or entry.vmm.is_dead:
             return False
+        if self.given_up(entry.vmm) is not None:
+            return False
         return any(
             i.stored.instance == entry.vmm.instance
             and i.state.phase is DestinationPhase.RUNNING
@@ -57,6 +61,13 @@ class Proofs:
             and i.state.epoch > record.epoch
             for i in self._incoming.values()
         )
+
+    def given_up(self, vmm: Vmm) -> Outgoing | None:
+        """The migration that ended as guest_lost, and left this process, stopped or dead."""
+        for m in self._outgoing.values():
+            if m.vmm.instance == vmm.instance and m.state.phase is Phase.GUEST_LOST:
+                return m
+        return None
 
     def disproves(self, record: Ownership) -> Ownership | None:
         """What a record that names this host should say, where it is behind the truth: the guest

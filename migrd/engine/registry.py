@@ -189,6 +189,7 @@ class Registry:
             raise Conflict(
                 f"{request.vm} does not run: there is nothing to move", code="vm_stopped"
             )
+        self._migrations.check_not_given_up(entry.vmm)
         return entry, entry.vmm, peer
 
     async def create_migration(

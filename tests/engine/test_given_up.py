@@ -89,6 +89,9 @@ async def test_what_was_given_up_is_not_said_to_be_started_while_its_process_sta
         with pytest.raises(Conflict) as caught:
             await pair.alpha.service.start_vm(VM)
         assert caught.value.code == "given_up"
+        with pytest.raises(Conflict) as caught:
+            await pair.ask()
+        assert caught.value.code == "given_up", "what is left of it is not moved, either"
         assert pair.running_on() is None
         pair.guest().may_end = True
         await pair.alpha.service.stop_vm(VM)
